@@ -1,0 +1,5 @@
+"""``python -m userllm``."""
+
+from userllm.cli import main
+
+main()

@@ -1,0 +1,52 @@
+"""A run's whole configuration: the dataclasses of the rooms it goes through, under one roof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from userllm.data.splits import SplitConfig
+from userllm.encoders import AutoregressiveConfig
+from userllm.evaluation.closed import EvaluationConfig
+from userllm.language_models.pretrained import LanguageModelConfig
+from userllm.model import FusionConfig
+from userllm.tasks import TaskConfig
+from userllm.training.contextualize import ContextualizeConfig
+from userllm.training.pretrain import PretrainConfig
+
+
+@dataclass
+class DataConfig:
+    """Which prepared dataset a run uses."""
+
+    release: str | None = "movielens-1m"
+    """A data set userllm finds by itself (movielens-100k, movielens-1m); null with ``folder``."""
+    path: Path | None = None
+    """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
+    folder: Path | None = None
+    """A dataset prepared before; overrides ``release``."""
+    fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
+    """Fields the encoder reads and predicts, the item first (paper: name, rating, genre)."""
+
+
+@dataclass
+class RunConfig:
+    """Everything ``userllm run`` needs."""
+
+    name: str = "run"
+    """Results go to runs/<name>."""
+    seed: int = 0
+    """Seed of every random choice."""
+    threads: int | None = None
+    """CPU threads; torch's choice if null."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    encoder: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    pretrain: PretrainConfig | None = field(default_factory=PretrainConfig)
+    """Stage 1; null leaves the encoder random (the papers' "RD")."""
+    lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=lambda: {"next_item": TaskConfig()})
+    """Tasks by name; one model is trained on their mixture and evaluated on each."""
+    contextualize: ContextualizeConfig = field(default_factory=ContextualizeConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,0 +1,313 @@
+"""A language model that attends to user embeddings: the arithmetic of User-LLM, on tensors.
+
+    events -> user embeddings -> user tokens -> a contextualised LM -> text or items
+
+``model.UserLLM`` puts histories, titles, saving and loading around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
+from userllm.decoding.beam_search import Ranking, search_answers
+from userllm.decoding.prefix_tree import PrefixTree
+from userllm.encoders import AutoregressiveEncoder
+from userllm.errors import UserError
+from userllm.events import HistoryBatch
+from userllm.fusion.attach import Attachment, UserContext, find_layers
+from userllm.fusion.cross_attention import CrossAttentionBlock, CrossAttentionConfig
+from userllm.fusion.perceiver import PerceiverConfig
+from userllm.fusion.projection import UserTokens
+from userllm.tasks import ClosedTask
+
+
+@dataclass
+class FusionConfig:
+    """How user embeddings enter the language model."""
+
+    layers: str = "all"
+    """Fused layers: "all", "every:K" (every K-th, counted from the top) or "last:K" (paper: 18 gated layers)."""
+    events: int = 50
+    """Latest events whose embeddings the LM attends to (paper: 50, 100, 200)."""
+    cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
+    """Shape of the cross-attention blocks."""
+    perceiver: PerceiverConfig | None = None
+    """Perceiver between encoder and blocks (paper's variant: 6 layers, 16 latents); none by default."""
+
+    def layer_indices(self, count: int) -> list[int]:
+        """Indices of the fused layers in an LM of ``count`` layers. Raises UserError for an unusable setting."""
+        kind, _, number = self.layers.partition(":")
+        if kind == "all" and not number:
+            return list(range(count))
+        if kind in ("every", "last") and number.isdigit() and 1 <= int(number) <= count:
+            step = int(number)
+            return list(range(count - 1, -1, -step))[::-1] if kind == "every" else list(range(count - step, count))
+        raise UserError(f'fusion.layers: {self.layers!r} is not "all", "every:K" or "last:K" with K in 1..{count}')
+
+
+@dataclass
+class LowerStates:
+    """Hidden states below the first fused layer for one prompt and its answers: they do not depend on the user.
+
+    prompt [P-1, D], nodes [rows, D]; row [trie nodes] is each node's row in ``nodes``.
+    """
+
+    prompt: Tensor
+    nodes: Tensor
+    row: Tensor
+
+    def of(self, texts: AnswerTexts) -> Tensor:
+        """States [E, T, D] of teacher-forced texts."""
+        tail = self.nodes[self.row[texts.nodes_at[:, len(self.prompt) :].clamp_min(0)]]
+        return torch.cat([self.prompt.expand(len(tail), -1, -1), tail], dim=1)
+
+
+class ContextualLM(nn.Module):
+    """A language model contextualised by user embeddings through cross-attention (User-LLM section 3).
+
+    lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
+    ``self.attachment.detach()`` takes off again. encoder: events -> [B, S, U]. tasks: closed tasks by name.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: AutoregressiveEncoder,
+        fusion: FusionConfig,
+        tasks: Mapping[str, ClosedTask],
+    ):
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.config = fusion
+        self.tasks = dict(tasks)
+        text_config = lm.config.get_text_config()
+        self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver)
+        blocks = {
+            index: CrossAttentionBlock(fusion.cross_attention, text_config.hidden_size, encoder.width)
+            for index in fusion.layer_indices(len(find_layers(lm)))
+        }
+        self.attachment = Attachment(lm, blocks)
+        self.head = LogitHead(
+            lm.get_output_embeddings(),  # type: ignore[arg-type]
+            getattr(text_config, "final_logit_softcapping", None),
+            getattr(text_config, "logit_scale", None) or 1.0,
+        )
+        self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
+        self._lower: dict[str, LowerStates] = {}
+        self.lm_is_frozen = False
+
+    def train(self, mode: bool = True) -> ContextualLM:
+        """Training mode, except that a frozen LM stays as it answers (no dropout)."""
+        super().train(mode)
+        if self.lm_is_frozen:
+            self.lm.eval()
+        return self
+
+    # ---- users ----------------------------------------------------------------------------------------------------
+
+    def context(self, histories: HistoryBatch, rows: Tensor | None = None, ends: Tensor | None = None) -> UserContext:
+        """Users the LM can be conditioned on: one per history, or one per (row [E], events seen [E])."""
+        if rows is None:
+            rows = torch.arange(len(histories), device=histories.mask.device)
+        if ends is None:
+            ends = histories.lengths[rows]
+        tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
+        return UserContext(tokens, mask)
+
+    @contextmanager
+    def conditioned(self, users: UserContext) -> Iterator[UserContext]:
+        """The LM attends to these users inside the ``with`` block: R text rows, R a multiple of the users."""
+        with self.attachment.conditioned(users) as context:
+            yield context
+
+    @contextmanager
+    def without_user(self) -> Iterator[None]:
+        """The LM is the base LM inside the ``with`` block."""
+        with self.attachment.without_user():
+            yield
+
+    @contextmanager
+    def _conditioned_or_not(self, users: UserContext | None) -> Iterator[None]:
+        if users is None:
+            with self.without_user():
+                yield
+        else:
+            with self.conditioned(users):
+                yield
+
+    # ---- closed answers -------------------------------------------------------------------------------------------
+
+    def answer_log_likelihood(self, task: str, answers: Tensor, users: UserContext | None) -> Tensor:
+        """Log-likelihood [E], in nats, of one given answer [E] per user (no user: the base LM), teacher-forced."""
+        texts, rows, children, log_p = self._choices(task, answers, users)
+        taken = self.answers[task].chosen(log_p, children, rows, texts.child)
+        return torch.zeros(len(answers), device=taken.device).index_add(0, texts.row, taken)
+
+    def answer_losses(
+        self, task: str, answers: Tensor, users: UserContext, teacher: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Negative log-likelihood [E] of the answers, and the cross-entropy [E] against a teacher's distribution.
+
+        teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
+        node's children is compared with the teacher's (ours).
+        """
+        closed = self.answers[task]
+        texts, rows, children, log_p = self._choices(task, answers, users)
+        zeros = torch.zeros(len(answers), device=log_p.device)
+        taken = closed.chosen(log_p, children, rows, texts.child)
+        nll = zeros.index_add(0, texts.row, -taken)
+        if teacher is None:
+            return nll, None
+        mass = closed.child_masses(texts.node, rows, children, teacher[texts.row])
+        return nll, zeros.index_add(0, texts.row[rows], -mass * log_p)
+
+    def rank_answers(
+        self,
+        task: str,
+        users: UserContext,
+        k: int,
+        beams: int | None = None,
+        excluded: Tensor | None = None,
+    ) -> Ranking:
+        """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
+        with torch.no_grad(), self.conditioned(users):
+            state = _TextInLM(self, len(users.tokens), self._lower.get(task))
+            return search_answers(state, self.answers[task], self.head, len(users.tokens), k, beams, excluded)
+
+    def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
+        """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""
+        everything = torch.arange(len(self.answers[task]), device=self.answers[task].prompt_ids.device)
+        order = torch.argsort(self.answers[task]._last, stable=True)  # alike lengths together
+        scores = torch.empty(len(everything), device=everything.device)
+        with torch.no_grad():
+            for part in everything[order].split(batch):
+                scores[part] = self.answer_log_likelihood(task, part, users)
+        return scores
+
+    def _choices(
+        self, task: str, answers: Tensor, users: UserContext | None
+    ) -> tuple[AnswerTexts, Tensor, Tensor, Tensor]:
+        closed = self.answers[task]
+        texts = closed.texts(answers)
+        lower = self._lower.get(task)
+        with self._conditioned_or_not(users):
+            hidden = self._hidden(texts.input_ids, None if lower is None else lower.of(texts))
+        picked = hidden[texts.row, texts.position]
+        rows, children, log_p = closed.choices(picked, texts.node, self.head)
+        return texts, rows, children, log_p.float()
+
+    def _hidden(self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
+        """Last hidden states [R, T, D]. Texts are padded on the right, so no position sees padding."""
+        with self.attachment.replaying(states):
+            output = self.lm.get_decoder()(
+                input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, return_dict=True
+            )
+        return output.last_hidden_state
+
+    def _closed_answers(self, task: ClosedTask) -> ClosedAnswers:
+        tree = PrefixTree.from_texts(task.answers, self.tokenizer)
+        prompt = self.tokenizer(task.config.prompt, add_special_tokens=True, return_tensors="pt")["input_ids"]
+        return ClosedAnswers(prompt[0].to(self.lm.device), tree, task.config.normalization)  # type: ignore[union-attr]
+
+    # ---- states below the first fused layer -----------------------------------------------------------------------
+
+    def store_lower_states(self, batch: int = 64) -> None:
+        """Compute, once per distinct text, what the frozen layers below the first fused one make of each closed task.
+
+        Does nothing for a task that scores over the whole vocabulary (it reads every node of its trie) or where the
+        first layer is fused. Call ``forget_lower_states`` before those layers change.
+        """
+        if self.attachment.first == 0:
+            return
+        for name, closed in self.answers.items():
+            if closed.normalization == "vocabulary" or name in self._lower:
+                continue
+            tree = closed.tree
+            needed = tree.high - tree.low > 1
+            needed[0] = True
+            row = torch.cumsum(needed.long(), 0) - 1
+            inner = torch.zeros_like(needed)
+            inner[tree.parent[1:][needed[1:]]] = True
+            # the answers whose texts end on a needed node that no other needed node goes through
+            last = tree.paths.gather(1, closed._last[:, None])[:, 0]
+            ends = torch.unique(last[~inner[last]]) if bool((~inner[last]).any()) else last[:1]
+            position = torch.full((len(tree.token),), -1, dtype=torch.long, device=row.device)
+            position[last] = torch.arange(len(last), device=row.device)
+            chosen = position[ends]
+            chosen = chosen[torch.argsort(closed._last[chosen])]
+            nodes = torch.empty(int(needed.sum()), self.lm.config.get_text_config().hidden_size, device=row.device)
+            nodes = nodes.to(self.lm.dtype)
+            prompt = len(closed.prompt_ids) - 1
+            head = nodes[:0]
+            for part in chosen.split(batch):
+                texts = closed.texts(part)
+                states = self.attachment.lower_states(self.lm, texts.input_ids)
+                at = texts.nodes_at >= 0
+                nodes[row[texts.nodes_at[at]]] = states[at]
+                head = states[0, :prompt]
+            self._lower[name] = LowerStates(head.clone(), nodes, row)
+
+    def forget_lower_states(self) -> None:
+        """Drop the stored states (because the layers they came from are about to change)."""
+        self._lower.clear()
+
+    def check_head(self) -> None:
+        """Compare the logits of chosen tokens with the LM's own forward pass.
+
+        Raises UserError where this LM does something to its logits that ``LogitHead`` does not know.
+        """
+        closed = next(iter(self.answers.values()))
+        ids = closed.prompt_ids[None]
+        with torch.no_grad(), self.without_user():
+            whole = self.lm(input_ids=ids).logits[0, -1].float()
+            mine = self.head(self._hidden(ids)[0, -1], closed.tree.vocabulary).float()
+        if not torch.allclose(whole[closed.tree.vocabulary], mine, rtol=1e-3, atol=1e-3):
+            raise UserError(f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce")
+
+    @property
+    def gates(self) -> dict[int, float]:
+        """tanh(alpha) per fused layer (User-LLM v2, section 4.4)."""
+        return {index: block.gate_value for index, block in self.attachment.blocks.items()}
+
+
+class _TextInLM:
+    """The texts of B users, k rows each, inside the LM: key-value cache, and replayed lower states where stored."""
+
+    def __init__(self, model: ContextualLM, users: int, lower: LowerStates | None):
+        self.model = model
+        self.users = users
+        self.lower = lower
+        self.cache = DynamicCache(config=model.lm.config)
+
+    def start(self, prompt_ids: Tensor) -> Tensor:
+        """Read the prompt for every user: [B, D]."""
+        states = None
+        if self.lower is not None:
+            states = torch.cat([self.lower.prompt, self.lower.nodes[self.lower.row[0]][None]])
+            states = states.expand(self.users, -1, -1)
+        return self._read(prompt_ids.expand(self.users, -1), states)
+
+    def advance(self, tokens: Tensor, nodes: Tensor, parents: Tensor) -> Tensor:
+        """One more token for rows that continue ``parents``: [R, D]."""
+        self.cache.batch_select_indices(parents)
+        states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
+        return self._read(tokens[:, None], states)
+
+    def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
+        hidden = self.model._hidden(input_ids, states, self.cache)
+        if states is not None:
+            # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
+            stand_in = states.new_zeros(len(input_ids), 1, input_ids.shape[1], 1)
+            for layer in self.cache.layers[: self.model.attachment.first]:
+                layer.update(stand_in, stand_in)
+        return hidden[:, -1]

@@ -1,0 +1,159 @@
+"""Histories to vocabulary ids, [B, S] and [B, S, K], by table look-ups: no Python per event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+import torch
+
+from userllm.data.store import Dataset
+from userllm.data.vocabulary import PADDING, UNKNOWN, FieldVocabulary, Vocabulary
+from userllm.events import HistoryBatch, UserHistory
+
+Row = tuple[int, int, int]
+"""(user, start, stop): the events ``start:stop`` of a user."""
+
+
+class HistoryCollator:
+    """Encodes histories of seen and unseen users from an item table and a vocabulary, without the dataset.
+
+    items: the item table (``dataset.items``, or items.parquet beside a saved model): id, and item-level fields.
+    """
+
+    def __init__(self, items: pl.DataFrame, vocabulary: Vocabulary):
+        self.items = items
+        self.vocabulary = vocabulary
+        self.num_items = len(items)
+        self.item_vocabulary_ids = np.append(vocabulary["item"].ids_of(items["id"].to_list()), UNKNOWN)
+        self.item_fields = {f.name: self._item_table(f) for f in vocabulary if f.level == "item"}
+        self.event_fields = [f for f in vocabulary if f.level == "event" and f.name != "item"]
+
+    def _item_table(self, field: FieldVocabulary) -> np.ndarray:
+        """Ids by item row, [items + 1] or [items + 1, K]; the last row is an item that is not in the table."""
+        column = self.items[field.name].to_list()
+        if field.kind == "single":
+            return np.array([UNKNOWN if v is None else field.id_of(v) for v in [*column, None]], dtype=np.int64)
+        width = max((len(values) for values in column if values is not None), default=0)
+        table = np.full((self.num_items + 1, max(1, width)), PADDING, dtype=np.int64)
+        for row, values in enumerate(column):
+            for place, value in enumerate(values or ()):
+                table[row, place] = field.id_of(value)
+        return table
+
+    def encode_values(self, field: FieldVocabulary, values: np.ndarray) -> np.ndarray:
+        """Vocabulary ids of an event-level field's values, same shape."""
+        distinct, place = np.unique(values, return_inverse=True)
+        return field.ids_of(distinct.tolist())[place].reshape(values.shape)
+
+    def from_arrays(self, item_rows: np.ndarray, event_ids: dict[str, np.ndarray], mask: np.ndarray) -> HistoryBatch:
+        """A batch from padded arrays.
+
+        item_rows: [B, S] rows of the item table (``num_items`` where the item is not in it; any row where masked).
+        event_ids: by event-level field, [B, S] vocabulary ids. mask: [B, S], True where there is an event.
+        """
+        fields = {}
+        for field in self.vocabulary:
+            if field.name == "item":
+                ids = np.where(mask, self.item_vocabulary_ids[item_rows], PADDING)
+            elif field.level == "event":
+                ids = np.where(mask, event_ids[field.name], PADDING)
+            else:
+                ids = self.item_fields[field.name][item_rows]
+                ids = np.where(mask if ids.ndim == 2 else mask[:, :, None], ids, PADDING)
+            fields[field.name] = torch.from_numpy(ids)
+        return HistoryBatch(fields, torch.from_numpy(mask))
+
+    def from_histories(
+        self, histories: Sequence[UserHistory], max_length: int | None = None
+    ) -> tuple[HistoryBatch, list[str]]:
+        """A batch of anyone's histories, and the raw ids of items that are unknown (each once, in order).
+
+        An event's item may be named by its raw id or by a title that only one item has. Unknown items keep their place
+        with id 1 and no genres; so do fields that an event leaves out. Of each history the latest ``max_length`` events
+        are kept. A batch of empty histories has S = 1, all masked.
+        """
+        events = [list(history.events)[-max_length:] if max_length else list(history.events) for history in histories]
+        shape = (len(events), max(1, max(map(len, events), default=0)))
+        mask = np.zeros(shape, dtype=bool)
+        item_rows = np.full(shape, self.num_items, dtype=np.int64)
+        event_ids = {f.name: np.full(shape, UNKNOWN, dtype=np.int64) for f in self.event_fields}
+        unknown: dict[str, None] = {}
+        for b, row in enumerate(events):
+            mask[b, : len(row)] = True
+            for s, event in enumerate(row):
+                item_rows[b, s] = self.row_of(event.item)
+                if self.item_vocabulary_ids[item_rows[b, s]] == UNKNOWN:
+                    unknown[event.item] = None
+                for field in self.event_fields:
+                    if field.name in event.fields:
+                        event_ids[field.name][b, s] = field.id_of(event.fields[field.name])
+        return self.from_arrays(item_rows, event_ids, mask), list(unknown)
+
+    def row_of(self, item: str) -> int:
+        """The item's row in the table, by raw id or unique title; ``num_items`` where there is none."""
+        return self._rows.get(item, self.num_items)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        titles = self.items["title"].to_list() if "title" in self.items.columns else []
+        rows: dict[str, int] = {}
+        twice: set[str] = set()
+        for row, title in enumerate(titles):
+            if title in rows:
+                twice.add(title)
+            rows[title] = row
+        for title in twice:
+            del rows[title]
+        return rows | {raw_id: row for row, raw_id in enumerate(self.items["id"].to_list())}
+
+
+class StoredHistories:
+    """Batches of a prepared dataset's histories; event-level fields are encoded once, up front."""
+
+    def __init__(self, dataset: Dataset, vocabulary: Vocabulary, collator: HistoryCollator | None = None):
+        self.collator = collator or HistoryCollator(dataset.items, vocabulary)
+        self.offsets = dataset.offsets
+        self.items = dataset.events["item"]
+        self.event_ids = {
+            field.name: self.collator.encode_values(field, dataset.events[field.name])
+            for field in self.collator.event_fields
+        }
+
+    def batch(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
+        """The histories ``(user, start, stop)``, padded to the longest (at least 1)."""
+        users, starts, stops = np.asarray(rows, dtype=np.int64).reshape(-1, 3).T
+        lengths = stops - starts
+        steps = np.arange(max(1, lengths.max(initial=0)))
+        mask = steps < lengths[:, None]
+        index = np.where(mask, (self.offsets[users] + starts)[:, None] + steps, 0)
+        return self.collator.from_arrays(
+            self.items[index], {name: ids[index] for name, ids in self.event_ids.items()}, mask
+        )
+
+    def targets(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
+        """The event ``stop`` that follows each row, as a batch with S = 1."""
+        users, _, stops = np.asarray(rows, dtype=np.int64).reshape(-1, 3).T
+        return self.batch(np.stack([users, stops, stops + 1], axis=1))
+
+    def next_events(self, rows: Sequence[Row] | np.ndarray) -> dict[str, HistoryBatch]:
+        """Training chunks as ``{"inputs": events[:-1], "targets": events[1:]}``, aligned position by position."""
+        users, starts, stops = np.asarray(rows, dtype=np.int64).reshape(-1, 3).T
+        return {
+            "inputs": self.batch(np.stack([users, starts, stops - 1], axis=1)),
+            "targets": self.batch(np.stack([users, starts + 1, stops], axis=1)),
+        }
+
+
+def encode_histories(dataset: Dataset, vocabulary: Vocabulary, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
+    """One batch of stored histories. For many batches build a ``StoredHistories`` once."""
+    return StoredHistories(dataset, vocabulary).batch(rows)
+
+
+def encode_user_history(
+    histories: Sequence[UserHistory], vocabulary: Vocabulary, items: pl.DataFrame
+) -> tuple[HistoryBatch, list[str]]:
+    """One batch of anyone's histories and the unknown items. For many batches build a ``HistoryCollator`` once."""
+    return HistoryCollator(items, vocabulary).from_histories(histories)

@@ -1,0 +1,274 @@
+"""MovieLens in every format it was published in (Harper and Konstan 2015), from a folder or a zip.
+
+100K: u.data, u.item. 1M and 10M: ratings.dat, movies.dat. 20M, 25M, 32M and latest: ratings.csv, movies.csv.
+RecBole's copies: NAME.inter, NAME.item. All give the same dataset for the same release: users are numbered by first
+appearance, titles carry their year, and the fingerprint does not depend on the style of ids.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path, PurePosixPath
+
+import polars as pl
+
+from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
+from userllm.data.sources.fetch import sha256_of
+from userllm.data.sources.releases import find_release
+from userllm.data.store import Dataset, FieldSpec, Source, check_writable, write_dataset
+from userllm.errors import UserError
+
+FIELDS = (
+    FieldSpec("item", "event", "single"),
+    FieldSpec("rating", "event", "single"),
+    FieldSpec("genres", "item", "multi"),
+    FieldSpec("year", "item", "single"),
+    FieldSpec("title", "item", "text"),
+)
+GENRES_100K = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
+    "Mystery Romance Sci-Fi Thriller War Western"
+).split()
+"""The genre flags of u.item, in order."""
+NO_GENRES = ("(no genres listed)", "unknown", "")
+YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
+
+
+@dataclass(frozen=True)
+class Movie:
+    """A line of a catalogue."""
+
+    line: int
+    id: str
+    title: str
+    genres: list[str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a release is laid out.
+
+    ratings, items: file names, or endings where they start with a dot. columns: user, item, rating and time columns, in
+    that order. header: all columns of a ratings file without a header line. movies: reads the catalogue.
+    """
+
+    ratings: str
+    items: str
+    separator: str
+    columns: Mapping[str, ColumnType]
+    header: tuple[str, ...] | None
+    movies: Callable[[SourceFile], Iterator[Movie]]
+
+
+def prepare_movielens(path: Path | None, out: Path, release: str | None = None) -> Dataset:
+    """Prepare a MovieLens release as a dataset in ``out``.
+
+    path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k", "movielens-1m") by itself.
+    Raises UserError for anything wrong with the copy, naming file and line.
+    """
+    check_writable(out)
+    if path is None:
+        found = find_release(release)
+        path, where, sha256, served_by = found.path, found.where, found.sha256, found.served_by
+    else:
+        where, sha256, served_by = str(path), None, "path"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with opened(path, scratch=out.parent) as (layout, ratings, movies):
+        items = read_movies(layout, movies)
+        events, users = read_ratings(layout, ratings, items, movies.label)
+        if sha256 is None:
+            sha256 = sha256_of(path if path.is_file() else ratings.path)
+        source = Source("movielens", where, path.name if path.is_file() else ratings.path.name, sha256, served_by)
+        return write_dataset(out, events, items, users, name=release or "movielens", source=source, fields=FIELDS)
+
+
+@contextmanager
+def opened(path: Path, scratch: Path) -> Iterator[tuple[Layout, SourceFile, SourceFile]]:
+    """The layout of a release with its ratings and catalogue files; members of a zip are unpacked under ``scratch``."""
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
+        layout, ratings, movies = match_layout(path, names)
+        yield layout, SourceFile(path / ratings, str(path / ratings)), SourceFile(path / movies, str(path / movies))
+    elif not path.is_file():
+        raise UserError(f"{path}: no such folder or zip; give the folder or zip of a MovieLens release")
+    elif not zipfile.is_zipfile(path) and path.suffix != ".zip":
+        raise UserError(f"{path}: neither a folder nor a zip; give the folder that holds it, or the release's zip")
+    else:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".unzipped.") as folder:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    layout, *members = match_layout(path, archive.namelist())
+                    files = [_unpacked(archive, member, Path(folder), path) for member in members]
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise UserError(f"{path}: truncated or damaged zip ({error}); download it again") from error
+            yield layout, *files
+
+
+def _unpacked(archive: zipfile.ZipFile, member: str, folder: Path, path: Path) -> SourceFile:
+    target = folder / PurePosixPath(member).name
+    with archive.open(member) as source, open(target, "wb") as file:
+        while block := source.read(1 << 22):
+            file.write(block)
+    return SourceFile(target, f"{path}: {member}")
+
+
+def match_layout(path: Path, names: list[str]) -> tuple[Layout, str, str]:
+    """The layout of the files, and the names of ratings and catalogue. Raises UserError where none is complete."""
+    half: str | None = None
+    for layout in LAYOUTS:
+        ratings, movies = _named(layout.ratings, names), _named(layout.items, names)
+        if ratings and movies:
+            return layout, ratings, movies
+        if ratings or movies:
+            half = half or f"{ratings or movies} is there, {layout.items if ratings else layout.ratings} is missing"
+    if half:
+        raise UserError(f"{path}: {half}; give a complete copy of the release")
+    pairs = ", ".join(f"{layout.ratings} with {layout.items}" for layout in LAYOUTS)
+    raise UserError(f"{path}: no MovieLens release in it; expected {pairs}")
+
+
+def _named(wanted: str, names: list[str]) -> str | None:
+    """The least deeply nested file with this name, or this ending where it starts with a dot."""
+    bases = [(name, PurePosixPath(name).name) for name in names]
+    fits = [n for n, base in bases if (base.endswith(wanted) if wanted[0] == "." else base == wanted) and base[0] != "."]
+    return min(fits, key=lambda name: (name.count("/"), name), default=None)
+
+
+def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
+    """The catalogue: id, title, genres, year. Raises UserError where it is empty, or an id or title is missing or twice."""
+    movies = list(layout.movies(file))
+    if not movies:
+        raise UserError(f"{file.label}: the catalogue is empty; give a complete copy of the release")
+    seen: dict[str, int] = {}
+    for movie in movies:
+        if not movie.id or not movie.title:
+            raise file.bad_line(movie.line, f"the {'title' if movie.id else 'id'} is missing")
+        if "integer" in layout.columns.values() and not movie.id.isdecimal():
+            raise file.bad_line(movie.line, f"the id is {movie.id!r}, not a whole number")
+        if movie.id in seen:
+            raise file.bad_line(movie.line, f"item {movie.id} is already on line {seen[movie.id]}")
+        seen[movie.id] = movie.line
+    years = [YEAR.findall(movie.title) for movie in movies]
+    return pl.DataFrame(
+        {
+            "id": [movie.id for movie in movies],
+            "title": [movie.title for movie in movies],
+            "genres": [[genre for genre in movie.genres if genre not in NO_GENRES] for movie in movies],
+            "year": [int(found[-1]) if found else None for found in years],
+        },
+        schema={"id": pl.String, "title": pl.String, "genres": pl.List(pl.String), "year": pl.Int32},
+    )
+
+
+def read_ratings(
+    layout: Layout, file: SourceFile, items: pl.DataFrame, catalogue: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Events (user, item, rating, time) in file order, and users (id) by first appearance."""
+    log = read_log(file, layout.separator, layout.columns, layout.header)
+    log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
+    numbered_items = items.select(pl.col("id").alias("item"), pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
+    if log.schema["item"] != pl.String:  # ids are compared as numbers: 32 million of them as text would cost gigabytes
+        numbered_items = numbered_items.with_columns(pl.col("item").cast(pl.Int64))
+    item = log.select("item").join(numbered_items, on="item", how="left", maintain_order="left")["number"]
+    if item.null_count():
+        row = int(item.is_null().arg_max() or 0)
+        line = line_of_row(file, row, layout.header is None)
+        raise file.bad_line(line, f"item {log['item'][row]} is not in the catalogue {catalogue}")
+    users = log.select(pl.col("user").unique(maintain_order=True))
+    numbered = users.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
+    user = log.select("user").join(numbered, on="user", how="left", maintain_order="left")["number"]
+    events = log.select(
+        user.alias("user"), item.alias("item"), pl.col("time").cast(pl.Int64), pl.col("rating").cast(pl.Float32)
+    )
+    return events, users.select(pl.col("user").cast(pl.String).alias("id"))
+
+
+def _movies_100k(file: SourceFile) -> Iterator[Movie]:
+    """id | title | release date | video release date | IMDb URL | 19 genre flags."""
+    for number, line in file.lines():
+        fields = line.split("|")
+        if len(fields) != 5 + len(GENRES_100K):
+            raise file.bad_line(number, f"{len(fields)} fields, expected {5 + len(GENRES_100K)}")
+        genres = [genre for genre, flag in zip(GENRES_100K, fields[5:], strict=True) if flag.strip() == "1"]
+        yield Movie(number, fields[0].strip(), fields[1].strip(), genres)
+
+
+def _movies_dat(file: SourceFile) -> Iterator[Movie]:
+    """id::title::genre|genre."""
+    for number, line in file.lines():
+        fields = line.split("::")
+        if len(fields) != 3:
+            raise file.bad_line(number, f"{len(fields)} fields, expected 3 (MovieID, Title, Genres)")
+        yield Movie(number, fields[0].strip(), fields[1].strip(), fields[2].strip().split("|"))
+
+
+def _movies_csv(file: SourceFile) -> Iterator[Movie]:
+    """movieId,title,genres; titles with commas are quoted."""
+    reader = csv.reader(StringIO(file.text(), newline=""), strict=True)
+    try:
+        names = next(reader, [])
+        if missing := [name for name in ("movieId", "title", "genres") if name not in names]:
+            raise UserError(f"{file.label} line 1: no column {', '.join(missing)}; give a complete copy of the release")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(names):
+                problem = f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})"
+                raise file.bad_line(reader.line_num, problem)
+            row = dict(zip(names, (field.strip() for field in fields), strict=True))
+            yield Movie(reader.line_num, row["movieId"], row["title"], row["genres"].split("|"))
+    except csv.Error as error:
+        raise file.bad_line(reader.line_num, f"not CSV ({error})") from error
+
+
+def _movies_recbole(file: SourceFile) -> Iterator[Movie]:
+    """Tab-separated with a typed header; the year in a column of its own; genres apart by spaces.
+
+    RecBole cut the last bracket off every title, whatever it held ("(V)"), and spells a missing one "unkonwn".
+    """
+    names: list[str] | None = None
+    for number, line in file.lines():
+        fields = line.split("\t")
+        if names is None:
+            names = [name.split(":")[0].strip() for name in fields]
+            if missing := [name for name in ("item_id", "movie_title") if name not in names]:
+                raise UserError(f"{file.label} line {number}: no column {', '.join(missing)}; the header is not RecBole's")
+            continue
+        if len(fields) != len(names):
+            raise file.bad_line(number, f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})")
+        row = dict(zip(names, (field.strip() for field in fields), strict=True))
+        title = row["movie_title"].replace("unkonwn", "unknown")
+        year = row.get("release_year", "").removesuffix(".0")
+        if title and year not in ("", "unkonwn") and not title.endswith(f"({year})"):
+            title = f"{title} ({year})"
+        genres = row.get("genre", row.get("genres", row.get("class", "")))
+        yield Movie(number, row["item_id"], title, [] if genres == NO_GENRES[0] else genres.split())
+
+
+INTEGER_IDS: dict[str, ColumnType] = {"user": "integer", "item": "integer", "rating": "number", "timestamp": "integer"}
+CSV_COLUMNS: dict[str, ColumnType] = {
+    "userId": "integer",
+    "movieId": "integer",
+    "rating": "number",
+    "timestamp": "integer",
+}
+RECBOLE_COLUMNS: dict[str, ColumnType] = {
+    "user_id": "text",
+    "item_id": "text",
+    "rating": "number",
+    "timestamp": "number",
+}
+LAYOUTS = (
+    Layout("u.data", "u.item", "\t", INTEGER_IDS, tuple(INTEGER_IDS), _movies_100k),
+    Layout("ratings.dat", "movies.dat", "::", INTEGER_IDS, tuple(INTEGER_IDS), _movies_dat),
+    Layout("ratings.csv", "movies.csv", ",", CSV_COLUMNS, None, _movies_csv),
+    Layout(".inter", ".item", "\t", RECBOLE_COLUMNS, None, _movies_recbole),
+)

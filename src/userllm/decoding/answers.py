@@ -1,0 +1,137 @@
+"""A closed set of answers to one prompt, as a language model sees it: texts, choices, and log-likelihoods.
+
+Two normalisations of an answer's log-likelihood:
+  - ``"catalogue"`` (ours, default): each step's softmax runs over the tokens that continue some answer. The result is
+    an exact distribution over the answers (it sums to 1), forced steps cost nothing and are not even computed.
+  - ``"vocabulary"`` (the papers'): each step's softmax runs over the LM's whole vocabulary, every token counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from userllm.decoding.prefix_tree import PrefixTree, segment_log_softmax
+
+Normalization = Literal["catalogue", "vocabulary"]
+
+
+@dataclass
+class AnswerTexts:
+    """Teacher-forced texts of E answers, padded on the right, and where their choices are.
+
+    input_ids [E, T]; nodes_at [E, T] trie node at each position (-1 in prompt and padding).
+    For each of Q choices: row [Q] in E, position [Q] in T whose output makes it, node [Q] it is made at, child [Q] taken.
+    """
+
+    input_ids: Tensor
+    nodes_at: Tensor
+    row: Tensor
+    position: Tensor
+    node: Tensor
+    child: Tensor
+
+
+class ClosedAnswers:
+    """N answers behind one prompt.
+
+    prompt_ids [P] on the LM's device. Answer n's text is the prompt's tokens followed by the trie's path to n.
+    """
+
+    def __init__(self, prompt_ids: Tensor, tree: PrefixTree, normalization: Normalization = "catalogue"):
+        if len(prompt_ids) == 0:
+            raise ValueError("a prompt needs at least one token: the first choice is made at its end")
+        self.prompt_ids = prompt_ids
+        self.tree = tree.to(prompt_ids.device)
+        self.normalization: Normalization = normalization
+        inside = self.tree.paths >= 0
+        at = self.tree.paths.clamp_min(0)
+        # a choice is a node with several children ("catalogue") or with any ("vocabulary")
+        least = 2 if normalization == "catalogue" else 1
+        self._choice = inside & (self.tree.child_count[at] >= least)
+        # the last token that must be read is the one before the last choice
+        steps = torch.arange(at.shape[1], device=at.device)
+        self._last = torch.where(self._choice, steps, 0).amax(1)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def texts(self, answers: Tensor) -> AnswerTexts:
+        """Texts for answers [E] (indices in 0..N-1), each cut after its last choice."""
+        prompt, tree = len(self.prompt_ids), self.tree
+        longest = int(self._last[answers].max()) if len(answers) else 0
+        paths, last = tree.paths[answers][:, : longest + 1], self._last[answers]
+        steps = torch.arange(longest + 1, device=paths.device)
+        used = steps[None] <= last[:, None]
+        nodes_at = torch.where(used, paths, -1)
+        read = nodes_at[:, 1:]
+        tail = torch.where(read >= 0, tree.token[read.clamp_min(0)], self.prompt_ids[0])
+        input_ids = torch.cat([self.prompt_ids.expand(len(answers), -1), tail], dim=1)
+        filler = nodes_at.new_full((len(answers), prompt - 1), -1)
+        row, step = torch.nonzero(self._choice[answers][:, : longest + 1], as_tuple=True)
+        next_step = tree.paths[answers][row, step + 1]
+        return AnswerTexts(
+            input_ids=input_ids,
+            nodes_at=torch.cat([filler, nodes_at], dim=1),
+            row=row,
+            position=step + prompt - 1,
+            node=paths[row, step],
+            child=next_step,
+        )
+
+    def choices(self, hidden: Tensor, nodes: Tensor, head: LogitHead) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of all children of ``nodes`` [Q], from hidden states [Q, D], in one flat list.
+
+        Returns (rows, children, log_p): for each candidate its row in Q, its node, its log-probability.
+        """
+        tree = self.tree
+        rows, children = tree.children(nodes)
+        if self.normalization == "catalogue":
+            logits = head(hidden, tree.vocabulary)
+            return rows, children, segment_log_softmax(logits[rows, tree.column[children]], rows, len(nodes))
+        log_p = torch.log_softmax(head(hidden).float(), dim=-1)
+        return rows, children, log_p[rows, tree.token[children]]
+
+    def chosen(self, log_p: Tensor, children: Tensor, rows: Tensor, child: Tensor) -> Tensor:
+        """Picks each choice's own child out of the flat list of ``choices``: [Q]."""
+        hit = children == child[rows]
+        return log_p[hit]
+
+    def child_masses(self, nodes: Tensor, rows: Tensor, children: Tensor, probabilities: Tensor) -> Tensor:
+        """An answer-level distribution as a distribution over children, in the flat order of ``choices``.
+
+        nodes [Q], rows and children as ``choices`` returns them, probabilities [Q, N] over answers.
+        """
+        tree = self.tree
+        ranked = torch.cumsum(probabilities[:, tree.order].double(), dim=1)
+        ranked = torch.cat([torch.zeros_like(ranked[:, :1]), ranked], dim=1)
+        mass = ranked[rows, tree.high[children]] - ranked[rows, tree.low[children]]
+        whole = torch.zeros(len(nodes), dtype=mass.dtype, device=mass.device).index_add(0, rows, mass)
+        return (mass / whole.clamp_min(1e-30)[rows]).to(probabilities.dtype)
+
+
+class LogitHead:
+    """The LM's output layer, whole or for a few tokens only.
+
+    Soft-capped logits (Gemma 2 and 3) are reproduced; ``model.check_head`` compares with the LM's own forward pass.
+    """
+
+    def __init__(self, output: torch.nn.Module, softcap: float | None, scale: float = 1.0):
+        self.output = output
+        self.softcap = softcap
+        self.scale = scale
+        self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], or [..., C] for ``tokens`` [C] only."""
+        weight: Tensor = self.output.weight  # type: ignore[assignment]
+        bias: Tensor | None = getattr(self.output, "bias", None)
+        if tokens is not None:
+            if weight.requires_grad or self._rows is None or self._rows[0] is not tokens:
+                self._rows = (tokens, weight[tokens], None if bias is None else bias[tokens])
+            _, weight, bias = self._rows
+        logits = torch.nn.functional.linear(hidden, weight, bias) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

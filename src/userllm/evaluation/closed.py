@@ -1,0 +1,190 @@
+"""Evaluation of closed tasks: User-LLM against the same model with the wrong user, with no user, and plain baselines.
+
+Every system answers the same examples. Next items already in a user's history are excluded for every system alike,
+by the *true* user's history also where the model is given another one. Ranks come from a list of ``list_length``
+answers for the language model (a target outside the list counts as a miss) and from the full ranking elsewhere, cut
+at the same length so that MRR means the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userllm.baselines.popularity import answer_counts, item_counts
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.evaluation.metrics import paired_gain, ranking_metrics
+from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
+from userllm.events import HistoryBatch
+from userllm.model import UserLLM
+from userllm.tasks import ClosedTask, NextItem
+
+
+@dataclass
+class EvaluationConfig:
+    """How a run is evaluated."""
+
+    part: Literal["test", "validation"] = "test"
+    """Part of the split."""
+    users: int | None = None
+    """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
+    list_length: int = 20
+    """Answers the language model gives per user."""
+    beams: int = 20
+    """Hypotheses kept per user in the constrained beam search."""
+    exclude_seen: bool = True
+    """Whether next items already in the history are left out of every system's list."""
+    batch: int = 32
+    """Users answered at once."""
+
+
+@dataclass
+class Answered:
+    """What a system said: rank of the truth [n] (0: not in its list) and log-likelihood of the truth in nats [n]."""
+
+    ranks: np.ndarray
+    log_likelihood: np.ndarray | None = None
+    invalid: int = 0
+
+
+class ClosedEvaluator:
+    """Evaluates the closed tasks of a model on one part of a split."""
+
+    def __init__(
+        self,
+        model: UserLLM,
+        dataset: Dataset,
+        split: Split,
+        stored: StoredHistories,
+        config: EvaluationConfig,
+        seed: int,
+        progress: Callable[[str], None] = print,
+    ):
+        self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
+        self.config, self.progress = config, progress
+        rows = split.examples(config.part, max_length=model.encoder.max_length)
+        self.available = len(rows)
+        if config.users is not None and config.users < len(rows):
+            rng = np.random.default_rng([seed, 11])
+            rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
+        self.rows = rows
+        # everyone gets somebody else: a random cycle through all users
+        cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
+        self.other = np.empty(len(rows), dtype=np.int64)
+        self.other[cycle] = np.roll(cycle, 1)
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
+        task = self.model.tasks[name]
+        window = self.model.config.events
+        targets = task.targets(self.dataset, self.rows[:, 0], self.rows[:, 2], window)
+        kept = targets >= 0
+        rows, targets, other = self.rows[kept], torch.from_numpy(targets[kept]), self.rows[self.other[kept]]
+        systems: dict[str, Answered] = {}
+        self.progress(f"{name}: {len(rows)} of {self.available} users")
+        systems["user_llm"] = self._language_model(name, rows, rows, targets)
+        self.progress(f"{name}: with another user's history")
+        systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
+        self.progress(f"{name}: without a user, and baselines")
+        base = self.model.all_log_likelihoods(name, None).cpu()
+        systems["no_user"] = self._fixed(task, base, rows, targets, base)
+        if isinstance(task, NextItem):
+            ranks, logliks = encoder_ranks(
+                self.model.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
+            )
+            systems["encoder"] = Answered(ranks, logliks)
+            counts = item_counts(self.dataset, self.split)
+            systems["popularity"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+        else:
+            counts = answer_counts(task, self.dataset, self.split, window)
+            systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+            systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
+        return self._entry(len(rows), systems)
+
+    def _entry(self, n: int, systems: dict[str, Answered]) -> dict[str, Any]:
+        entry: dict[str, Any] = {"n": n, "N": self.available}
+        entry["invalid_items"] = systems["user_llm"].invalid + systems["user_llm_shuffled"].invalid
+        for system, said in systems.items():
+            within = np.where(said.ranks <= self.config.list_length, said.ranks, 0)
+            entry[system] = {key: e.as_dict() for key, e in ranking_metrics(within).items()}
+            if said.log_likelihood is not None:
+                zeros = np.zeros(n)
+                entry[system]["log_likelihood"] = paired_gain(said.log_likelihood, zeros).as_dict()
+        own = systems["user_llm"].log_likelihood
+        assert own is not None
+        entry["gain_nats"] = {
+            f"over_{name}": paired_gain(own, against).as_dict()
+            for name, system in (("shuffled", "user_llm_shuffled"), ("no_user", "no_user"))
+            if (against := systems[system].log_likelihood) is not None
+        }
+        return entry
+
+    @torch.no_grad()
+    def _language_model(self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor) -> Answered:
+        """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
+        task, device = self.model.tasks[name], self.model.lm.device
+        self.model.eval()
+        ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+        invalid = 0
+        length = min(self.config.list_length, len(task.answers))
+        for start in range(0, len(rows), self.config.batch):
+            part = slice(start, start + self.config.batch)
+            batch = self.stored.batch(histories[part]).to(device)
+            users = self.model.context(batch)
+            target = targets[part].to(device)
+            excluded = None
+            if isinstance(task, NextItem) and self.config.exclude_seen:
+                excluded = seen_items(self.dataset, rows[part]).to(device)
+            found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
+            hit = found.answers == target[:, None]
+            ranks[part] = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
+            logliks[part] = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
+            invalid += count_invalid(found.answers, len(task.answers), length)
+        return Answered(ranks, logliks, invalid)
+
+    def _fixed(
+        self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor
+    ) -> Answered:
+        if isinstance(task, NextItem):
+            ranks = fixed_ranks(scores, self.dataset, rows, self.config.exclude_seen)
+        else:
+            ranks = rank_of(scores[None].expand(len(rows), -1), targets).numpy()
+        return Answered(ranks, log_p[targets].double().numpy())
+
+    def _count_exactly(self, task: ClosedTask, rows: np.ndarray, targets: Tensor, window: int) -> np.ndarray:
+        """Ranks by counting the field's values in the very batch the encoder gets: the upper bound."""
+        ranks = np.zeros(len(rows), dtype=np.int64)
+        for start in range(0, len(rows), 512):
+            part = slice(start, start + 512)
+            batch = self.stored.batch(rows[part])
+            ranks[part] = rank_of(_value_counts(batch, task.config.field, len(task.answers), window), targets[part])
+        return ranks
+
+
+def count_invalid(answers: Tensor, size: int, length: int) -> int:
+    """Answers [B, k] that are no catalogue item, or repeat within a user's list, or are missing from it."""
+    invalid = 0
+    for row in answers.tolist():
+        real = [a for a in row if 0 <= a < size]
+        invalid += length - len(set(real))
+    return invalid
+
+
+def _smoothed(counts: Tensor) -> Tensor:
+    return torch.log((counts + 1) / (counts + 1).sum())
+
+
+def _value_counts(batch: HistoryBatch, field: str, values: int, window: int) -> Tensor:
+    ids = batch.fields[field]
+    recent = torch.arange(ids.shape[1])[None] >= (batch.lengths - window)[:, None]
+    ids = (ids if ids.ndim == 3 else ids[..., None]) * (recent & batch.mask)[..., None]
+    flat = ids.flatten(1)
+    counts = torch.zeros(len(batch), values + 2).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float))
+    return counts[:, 2:]

@@ -1,0 +1,87 @@
+"""Full-catalogue ranking: the encoder's own, and popularity's.
+
+Tie rule, everywhere: among equal scores the item that comes first in the catalogue wins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userllm.data.collation import StoredHistories
+from userllm.data.store import Dataset
+from userllm.encoders import AutoregressiveEncoder
+
+
+def seen_items(dataset: Dataset, rows: np.ndarray) -> Tensor:
+    """[B, N] bool: the items user ``rows[b, 0]`` has had before event ``rows[b, 2]``, however long ago."""
+    mask = torch.zeros(len(rows), dataset.num_items, dtype=torch.bool)
+    for b, (user, _, stop) in enumerate(rows):
+        start = dataset.offsets[user]
+        mask[b, torch.from_numpy(dataset.events["item"][start : start + stop].astype(np.int64))] = True
+    return mask
+
+
+def target_items(dataset: Dataset, rows: np.ndarray) -> Tensor:
+    """[B] the item at event ``rows[b, 2]``."""
+    return torch.from_numpy(dataset.events["item"][dataset.offsets[rows[:, 0]] + rows[:, 2]].astype(np.int64))
+
+
+def rank_of(scores: Tensor, target: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Rank [B], from 1, of each target among scores [B, N]; ``excluded`` [B, N] items take no part.
+
+    A target that is itself excluded keeps its place (a repeated item still has to be found).
+    """
+    own = scores.gather(1, target[:, None])
+    better = scores > own
+    earlier = torch.arange(scores.shape[1], device=scores.device)[None] < target[:, None]
+    ahead = better | ((scores == own) & earlier)
+    if excluded is not None:
+        ahead &= ~excluded
+    return ahead.sum(1) + 1
+
+
+@torch.no_grad()
+def encoder_ranks(
+    encoder: AutoregressiveEncoder,
+    stored: StoredHistories,
+    dataset: Dataset,
+    rows: np.ndarray,
+    exclude_seen: bool,
+    batch: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder's rank of each true next item [n], and its log-likelihood in nats [n] over the catalogue.
+
+    rows [n, 3]: (user, start, stop) as ``Split.examples`` gives them. A history without events ranks by position 0's
+    score of nothing and is not allowed here.
+    """
+    device = next(encoder.parameters()).device
+    ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+    order = np.argsort(rows[:, 2] - rows[:, 1], kind="stable")  # alike lengths together
+    was_training = encoder.training
+    encoder.eval()
+    for start in range(0, len(rows), batch):
+        part = order[start : start + batch]
+        histories = stored.batch(rows[part]).to(device)
+        embeddings = encoder(histories)
+        last = embeddings[torch.arange(len(part), device=device), histories.lengths - 1]
+        scores, target = encoder.item_scores(last), target_items(dataset, rows[part]).to(device)
+        excluded = seen_items(dataset, rows[part]).to(device) if exclude_seen else None
+        ranks[part] = rank_of(scores, target, excluded).cpu().numpy()
+        logliks[part] = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0].cpu().numpy()
+    encoder.train(was_training)
+    return ranks, logliks
+
+
+def fixed_ranks(
+    scores: Tensor, dataset: Dataset, rows: np.ndarray, exclude_seen: bool, batch: int = 512
+) -> np.ndarray:
+    """Ranks [n] of the true next items when every user gets the same scores [N] (popularity; an LM without a user)."""
+    ranks = np.zeros(len(rows), dtype=np.int64)
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        excluded = seen_items(dataset, part) if exclude_seen else None
+        everyone = scores[None].expand(len(part), -1)
+        ranks[start : start + batch] = rank_of(everyone, target_items(dataset, part), excluded).numpy()
+    return ranks

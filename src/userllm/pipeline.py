@@ -1,0 +1,359 @@
+"""A run from raw data to a report: five stages, each skipped when its result is there and its settings are the same.
+
+    runs/<name>/  dataset -> pretrain/encoder -> contextualize/model -> metrics.json, examples.json -> report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from userllm.config import RunConfig
+from userllm.data.collation import HistoryCollator, StoredHistories
+from userllm.data.sources.fetch import cache_folder
+from userllm.data.sources.movielens import prepare_movielens
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.data.vocabulary import Vocabulary
+from userllm.encoders import AutoregressiveEncoder
+from userllm.errors import UserError
+from userllm.evaluation.closed import ClosedEvaluator
+from userllm.events import UserHistory
+from userllm.language_models.adapter import Adapter
+from userllm.language_models.pretrained import load
+from userllm.model import UserLLM, encoder_for
+from userllm.report import write_report
+from userllm.tasks import build_task
+from userllm.training.contextualize import contextualize
+from userllm.training.pretrain import pretrain
+from userllm.training.strategy import apply_strategy, trainable_parameters
+
+STAGES = ("data", "pretrain", "contextualize", "evaluate", "report")
+
+
+class Run:
+    """One run folder and the stages that fill it. ``plain`` is the resolved configuration as plain values."""
+
+    def __init__(self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs")):
+        self.config = config
+        self.folder = root / config.name
+        self.plain = plain
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        _write(self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def through(self, last: str = "report") -> Path:
+        """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder."""
+        if last not in STAGES:
+            raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
+        for stage in STAGES[: STAGES.index(last) + 1]:
+            getattr(self, f"do_{stage}")()
+        return self.folder
+
+    # ---- stages ---------------------------------------------------------------------------------------------------
+
+    def do_data(self) -> None:
+        """Prepare or open the dataset."""
+        with self._stage("data", ["data"], lambda: self._dataset_folder_known()) as todo:
+            if todo:
+                data = self.config.data
+                folder = data.folder
+                if folder is None:
+                    folder = cache_folder() / "datasets" / str(data.release)
+                    if data.path is not None or not (folder / "card.json").is_file():
+                        folder = folder if data.path is None else self.folder / "dataset"
+                        release = data.release if data.release != "movielens" else None
+                        prepare_movielens(data.path, folder, release)
+                Dataset.open(folder)
+                _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
+        self.dataset = Dataset.open(self._dataset_folder())
+        self.split: Split = self.config.split.build(self.dataset)
+        self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
+        self.stored = StoredHistories(self.dataset, self.vocabulary)
+        say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
+
+    def do_pretrain(self) -> None:
+        """Stage 1; with ``pretrain: null`` the encoder stays random."""
+        keys = ["data", "split", "encoder", "pretrain", "seed"]
+        file = self.folder / "pretrain" / "encoder" / "encoder.safetensors"
+        with self._stage("pretrain", keys, file.exists) as todo:
+            if todo:
+                self._need("dataset", "data")
+                set_seed(self.config.seed)
+                encoder = encoder_for(self.vocabulary, self.config.encoder)
+                say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
+                history: list[dict[str, float]] = []
+                if self.config.pretrain is not None:
+                    history = pretrain(
+                        encoder, self.dataset, self.split, self.stored, self.config.pretrain,
+                        self.folder / "pretrain", self.config.seed,
+                    )  # fmt: skip
+                _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file({n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial"))
+                os.replace(file.with_suffix(".partial"), file)
+
+    def do_contextualize(self) -> None:
+        """Stage 2."""
+        keys = ["data", "split", "encoder", "pretrain", "seed", "lm", "fusion", "tasks", "contextualize"]
+        done = self.folder / "contextualize" / "model" / "config.json"
+        with self._stage("contextualize", keys, done.exists) as todo:
+            if todo:
+                self._need("dataset", "data")
+                model = self._build_model()
+                counts = trainable_parameters(model)
+                say("contextualize: trainable " + ", ".join(f"{g} {n:,}" for g, n in counts.items()))
+                set_seed(self.config.seed)
+                history = contextualize(
+                    model, self.dataset, self.split, self.stored, self.config.contextualize,
+                    self.folder / "contextualize", self.config.seed,
+                )  # fmt: skip
+                _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
+                _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
+                model.save_pretrained(done.parent)
+
+    def do_evaluate(self) -> None:
+        """Metrics of every task, and three users' answers."""
+        keys = [
+            "data", "split", "encoder", "pretrain", "seed", "lm", "fusion", "tasks", "contextualize", "evaluation",
+        ]  # fmt: skip
+        with self._stage("evaluate", keys, (self.folder / "metrics.json").exists) as todo:
+            if todo:
+                self._need("dataset", "data")
+                model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
+                model.lm_is_frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+                model.store_lower_states()
+                evaluator = ClosedEvaluator(
+                    model, self.dataset, self.split, self.stored, self.config.evaluation, self.config.seed, say
+                )
+                tasks = {name: evaluator.evaluate(name) for name in model.tasks}
+                examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
+                _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
+                _write(self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1))
+        self._refresh_timings()
+
+    def do_report(self) -> None:
+        """report.html and report.md, always written anew."""
+        self._need_file("metrics.json", "evaluate")
+        say(f"report: {write_report(self.folder)}")
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def load_encoder(self) -> AutoregressiveEncoder:
+        """The encoder of stage 1."""
+        encoder = encoder_for(self.vocabulary, self.config.encoder)
+        encoder.load_state_dict(load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain")))
+        return encoder
+
+    def _build_model(self) -> UserLLM:
+        config, items = self.config, self.dataset.items
+        lm, tokenizer, reference = load(config.lm)
+        strategy = config.contextualize.strategy
+        set_seed(config.seed)
+        adapter = Adapter.add(lm, strategy.lora) if strategy.name == "lora" else None
+        tasks = {name: build_task(name, task, items) for name, task in config.tasks.items()}
+        collator: HistoryCollator = self.stored.collator
+        model = UserLLM(
+            lm, tokenizer, self.load_encoder(), config.fusion, tasks, collator, reference, strategy.name, adapter
+        )
+        model.check_head()
+        apply_strategy(model, strategy.name, adapter)
+        return model
+
+    def _example(self, model: UserLLM, evaluator: ClosedEvaluator, row: np.ndarray) -> dict[str, Any]:
+        user, start, stop = (int(x) for x in row)
+        history: UserHistory = self.dataset.history(user, start, stop)
+        target = self.dataset.history(user, stop, stop + 1).events[0]
+        task = "next_item" if "next_item" in model.tasks else next(iter(model.tasks))
+        try:
+            weights = {id(a.event): a.weight for a in model.explain(history, task=task)}
+        except UserError:
+            weights = {}  # a Perceiver stands between: the report says that no weights were recorded
+        shown = list(history.events)[-20:]
+        answers = {}
+        for name, closed in model.tasks.items():
+            truth = int(closed.targets(self.dataset, np.array([user]), np.array([stop]), model.config.events)[0])
+            answers[name] = {
+                "truth": closed.answers[truth] if truth >= 0 else None,
+                "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],
+                "without_user": [_answer(r) for r in model.recommend_without_user(5, task=name)],
+            }
+        return {
+            "user": self.dataset.user_ids[user],
+            "history": [
+                {
+                    "title": model.title(e.item),
+                    "rating": e.fields.get("rating"),
+                    "time": e.time,
+                    "attention": weights.get(id(e)),
+                }
+                for e in shown
+            ],
+            "target": model.title(target.item),
+            "tasks": answers,
+        }
+
+    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+        card = self.dataset.card
+        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        return {
+            "commit": commit(),
+            "hardware": hardware(),
+            "dataset": {
+                "name": card.name,
+                "fingerprint": card.fingerprint,
+                "users": card.users,
+                "items": card.items,
+                "events": card.events,
+                "source": asdict(card.source),
+            },
+            "split": {
+                "kind": self.config.split.kind,
+                "fingerprint": self.split.fingerprint,
+                "tie_rule": card.tie_rule,
+                "part": self.config.evaluation.part,
+            },
+            "lm": {
+                "name": model.reference.name,
+                "source": model.reference.source,
+                "sha256": model.reference.sha256,
+                "parameters": _lm_parameters(model),
+                "frozen": frozen,
+            },
+            "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
+            "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
+            "timings_s": {},
+            "peak_rss_mb": peak_rss_mb(),
+            "tasks": tasks,
+            "notes": [
+                f"{evaluator.available} users can be evaluated; each task says n of N",
+                "next items already in the history are excluded for every system"
+                if self.config.evaluation.exclude_seen
+                else "items already in the history may be recommended again",
+                f"beam search with {self.config.evaluation.beams} beams over the catalogue's trie; a target outside "
+                f"the list of {self.config.evaluation.list_length} counts as a miss",
+                "among equal scores the item that comes first in the catalogue wins",
+            ],
+        }
+
+    # ---- bookkeeping ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str, keys: list[str], exists: Callable[[], bool]):
+        """Yields whether the stage has to be done; remembers its settings and seconds once it is.
+
+        A stage whose settings changed starts anew: what the old settings left in its folder is removed.
+        """
+        record_file = self.folder / "stages.json"
+        records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
+        settings = hashlib.sha256(json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()).hexdigest()
+        record = records.get(name, {})
+        if record.get("settings") == settings and record.get("done") and exists():
+            say(f"{name}: done before, skipped")
+            yield False
+            return
+        if record.get("settings") != settings and name in ("pretrain", "contextualize"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        spent = record.get("seconds", 0.0) if record.get("settings") == settings else 0.0
+        records[name] = {"settings": settings, "done": False, "seconds": spent}
+        _write(record_file, json.dumps(records, indent=1))
+        began = time.time()
+        yield True
+        records[name] = {"settings": settings, "done": True, "seconds": round(spent + time.time() - began, 1)}
+        records[name]["peak_rss_mb"] = peak_rss_mb()
+        _write(record_file, json.dumps(records, indent=1))
+        say(f"{name}: {records[name]['seconds']:.0f} s")
+
+    def _refresh_timings(self) -> None:
+        """metrics.json is written inside the stage whose seconds it should tell."""
+        file = self.folder / "metrics.json"
+        metrics, records = json.loads(file.read_text()), json.loads((self.folder / "stages.json").read_text())
+        metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
+        metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
+        _write(file, json.dumps(metrics, indent=1))
+
+    def _dataset_folder(self) -> Path:
+        return Path(json.loads(self._need_file("dataset.json", "data").read_text())["folder"])
+
+    def _dataset_folder_known(self) -> bool:
+        return (self.folder / "dataset.json").exists() and (self._dataset_folder() / "card.json").exists()
+
+    def _need(self, attribute: str, stage: str) -> None:
+        if not hasattr(self, attribute):
+            getattr(self, f"do_{stage}")()
+
+    def _need_file(self, name: str, stage: str) -> Path:
+        file = self.folder / name
+        if not file.exists():
+            raise UserError(f"{file} is not there yet; run the stage {stage!r} first (userllm {stage} CONFIG)")
+        return file
+
+
+def say(text: str) -> None:
+    """Progress for a person."""
+    print(text, flush=True)
+
+
+def commit() -> str:
+    """The commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def hardware() -> str:
+    """Processor, cores and memory, and the GPU where there is one."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
+    except OSError:
+        model = f"{model} (no /proc/cpuinfo)"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def _lm_parameters(model: UserLLM) -> int:
+    with model.attachment.detached():
+        return sum(p.numel() for n, p in model.lm.named_parameters() if "lora_" not in n)
+
+
+def _answer(recommendation: Any) -> dict[str, Any]:
+    return {"text": recommendation.title, "log_likelihood": recommendation.log_likelihood}
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    os.replace(partial, file)

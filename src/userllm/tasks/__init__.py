@@ -1,0 +1,5 @@
+"""What is asked of a contextualised language model."""
+
+from userllm.tasks.base import ClosedTask, FavoriteCategory, NextItem, TaskConfig, build_task
+
+__all__ = ["ClosedTask", "FavoriteCategory", "NextItem", "TaskConfig", "build_task"]

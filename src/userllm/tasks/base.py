@@ -1,0 +1,112 @@
+"""Tasks with a closed set of answers: a prompt, the answers' texts, and who should get which answer when.
+
+A task sees data and texts, never a model. Prompts are configuration: neither paper prints its own, so ours are short
+(the paper allows 32 tokens) and say so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from userllm.data.store import Dataset
+from userllm.errors import UserError
+
+
+@dataclass
+class TaskConfig:
+    """One task of a run."""
+
+    kind: Literal["next_item", "favorite_category"] = "next_item"
+    """What is asked."""
+    prompt: str = "The next movie this user will watch is"
+    """The query text (ours: the papers do not print theirs). The answer follows after one space."""
+    field: str = "genres"
+    """favorite_category: the item field whose most frequent value is asked for."""
+    weight: float = 1.0
+    """Share of this task among the training examples, relative to the other tasks'."""
+    normalization: Literal["catalogue", "vocabulary"] = "catalogue"
+    """Softmax over the tokens that continue some answer (ours), or over the LM's whole vocabulary (paper)."""
+    teacher: float = 0.0
+    """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
+
+
+class ClosedTask(ABC):
+    """A task whose answers are known beforehand. ``answers`` [N] are distinct texts."""
+
+    def __init__(self, name: str, config: TaskConfig, answers: Sequence[str]):
+        self.name = name
+        self.config = config
+        self.answers = list(answers)
+
+    @abstractmethod
+    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+        """The right answer [E] for each example: user [E], who has had ``ends`` [E] events, of which the model sees
+        the latest ``window``. -1 where there is no right answer."""
+
+
+class NextItem(ClosedTask):
+    """Which item comes next (User-LLM section 4.1). Answer n is row n of the catalogue."""
+
+    def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
+        super().__init__(name, config, distinct_texts(items["title"].to_list()))
+
+    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+        """See the base class: the event at position ``ends``."""
+        return dataset.events["item"][dataset.offsets[users] + ends].astype(np.int64)
+
+
+class FavoriteCategory(ClosedTask):
+    """The value of a field that occurs most often in the history (User-LLM section 4.1).
+
+    Ties go to the value that comes first in alphabetical order (ours: the paper names no rule). The history is what
+    the model sees, so counting would answer every question: the exact answer's upper bound is 1.
+    """
+
+    def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
+        if config.field not in items.columns:
+            raise UserError(f"task {name}: items have no field {config.field!r}; they have {', '.join(items.columns)}")
+        column = items[config.field]
+        lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
+        values = sorted({v for row in lists for v in row if v is not None})
+        super().__init__(name, config, values)
+        number = {value: i for i, value in enumerate(values)}
+        self._has = np.zeros((len(lists), len(values)), dtype=np.int32)
+        for row, names in enumerate(lists):
+            for value in names:
+                if value is not None:
+                    self._has[row, number[value]] = 1
+
+    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+        """See the base class: the most frequent value among the latest ``window`` events before ``ends``."""
+        index = dataset.offsets[users][:, None] + ends[:, None] - 1 - np.arange(window)[None]
+        real = index >= dataset.offsets[users][:, None]
+        counts = self._has[dataset.events["item"][np.where(real, index, 0)]] * real[..., None]
+        totals = counts.sum(1)
+        return np.where(totals.max(1) > 0, totals.argmax(1), -1)
+
+
+def distinct_texts(titles: Sequence[str]) -> list[str]:
+    """Titles made distinct: the second item of a title becomes ``"title [2]"``, and so on, in catalogue order."""
+    used, seen, result = set(titles), Counter[str](), []
+    for title in titles:
+        seen[title] += 1
+        text, number = title, seen[title]
+        while number > 1 and (text := f"{title} [{number}]") in used:
+            number += 1
+        used.add(text)
+        result.append(text)
+    return result
+
+
+def build_task(name: str, config: TaskConfig, items: pl.DataFrame) -> ClosedTask:
+    """The task of a config over a catalogue."""
+    if config.kind == "next_item":
+        return NextItem(name, config, items)
+    return FavoriteCategory(name, config, items)

@@ -1,0 +1,125 @@
+"""Stage 1: the user encoder learns to predict the next event (User-LLM section 3.1).
+
+Whole histories are trained in one pass, every position at once; batches hold a number of events, of similar length.
+After each epoch the encoder ranks the full catalogue for the validation events; the best weights are kept and training
+stops when they have not improved for ``patience`` epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from userllm.data.batches import BatchConfig, LengthBucketSampler, TrainingSequences
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.encoders import AutoregressiveEncoder
+from userllm.evaluation.metrics import ranking_metrics
+from userllm.evaluation.ranking import encoder_ranks
+from userllm.events import HistoryBatch
+from userllm.training.trainer import (
+    KeepBest,
+    OptimizationConfig,
+    StageTrainer,
+    StepBatches,
+    load_trainable,
+    training_arguments,
+)
+
+
+@dataclass
+class PretrainConfig:
+    """Stage 1."""
+
+    epochs: float = 10.0
+    """Passes over the training events at most."""
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(events=4096))
+    """Size of a batch."""
+    windows_per_epoch: int | None = None
+    """Windows drawn per epoch under the papers' split; all by default."""
+    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=2e-3, warmup=0.05))
+    """Optimiser and schedule."""
+    evaluate_every: float = 1.0
+    """Epochs between two validations."""
+    validation_users: int | None = 2000
+    """Users ranked at a validation, the same ones each time; all by None."""
+    patience: int = 3
+    """Validations without a better one before training stops."""
+
+
+class PretrainBatches(StepBatches):
+    """Chunks of histories, epoch after epoch."""
+
+    def __init__(self, stored: StoredHistories, split: Split, max_length: int, config: PretrainConfig, seed: int):
+        sequences = TrainingSequences(split, max_length, seed, config.windows_per_epoch)
+        self.sampler = LengthBucketSampler(sequences, config.batch, seed)
+        self.stored = stored
+        self._epoch, self._order = -1, []
+        super().__init__(max(1, int(round(config.epochs * len(self.sampler)))))
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return len(self.sampler)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """See ``StepBatches``."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self.sampler.set_epoch(epoch)
+            self._epoch, self._order = epoch, self.sampler.order()
+        return dict(self.stored.next_events(self.sampler.sequences.rows[self._order[place]]))
+
+
+class NextEventLosses(nn.Module):
+    """The encoder as the Trainer sees it: inputs and targets in, the losses of every field out."""
+
+    def __init__(self, encoder: AutoregressiveEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
+        """See the class."""
+        device = next(self.encoder.parameters()).device
+        return self.encoder.next_event_losses(inputs.to(device), targets.to(device))
+
+
+def pretrain(
+    encoder: AutoregressiveEncoder,
+    dataset: Dataset,
+    split: Split,
+    stored: StoredHistories,
+    config: PretrainConfig,
+    folder: Path,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Train ``encoder`` in place and leave it with its best weights; resumes from ``folder``. Returns the log history.
+
+    Where the split has no validation events the last weights are kept.
+    """
+    batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
+    rows = split.examples("validation", max_length=encoder.max_length)
+    if config.validation_users is not None and config.validation_users < len(rows):
+        rows = rows[np.random.default_rng([seed, 5]).choice(len(rows), config.validation_users, replace=False)]
+
+    def validate() -> dict[str, float]:
+        ranks, logliks = encoder_ranks(encoder, stored, dataset, rows, exclude_seen=True)
+        metrics = {name: estimate.value for name, estimate in ranking_metrics(ranks).items()}
+        return metrics | {"log_likelihood": float(logliks.mean())}
+
+    every = max(1, int(round(config.evaluate_every * batches.per_epoch))) if len(rows) else None
+    model = NextEventLosses(encoder)
+    trainer = StageTrainer(
+        model, training_arguments(folder, config.optimization, batches.steps, seed, every), batches, validate
+    )
+    if every is not None:
+        trainer.add_callback(KeepBest(model, folder, "eval_recall@10", config.patience))
+    history = trainer.run()
+    if (folder / "best.safetensors").exists():
+        load_trainable(model, folder / "best.safetensors")
+    return history

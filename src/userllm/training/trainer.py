@@ -1,0 +1,229 @@
+"""transformers' Trainer for both stages: batches that are a function of the step, small checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+COMPLETE = "complete"
+"""Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
+
+
+class StepBatches(ABC, Dataset[Any]):
+    """Training batches, each a pure function of (seed, step), so that a resumed run sees what an uninterrupted one saw."""
+
+    start = 0
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    @abstractmethod
+    def batch(self, step: int) -> dict[str, Any]:
+        """The batch of one step, as keyword arguments of the model."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.batch(min(self.start + index, self.steps - 1))
+
+
+@dataclass
+class OptimizationConfig:
+    """Optimiser and schedule of one stage (User-LLM v1 Table 9 gives rate, batch and steps; the optimiser is ours)."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decay of matrices; vectors and scalars are never decayed."""
+    warmup: float = 0.1
+    """Share of the steps with a linearly rising rate (paper: 0.1); cosine decay to 0 follows."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm (ours)."""
+    log_every: int = 20
+    """Steps between two logged losses."""
+    save_every: int = 200
+    """Steps between two checkpoints."""
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose model returns a dict of losses and whose checkpoints hold trainable weights only.
+
+    rates: factor on the learning rate by a part of the weight's name; the first match counts.
+    evaluator: called without arguments, returns metrics by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        batches: StepBatches,
+        evaluator: Callable[[], dict[str, float]] | None = None,
+        rates: Mapping[str, float] | None = None,
+    ):
+        super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
+        self.batches = batches
+        self.evaluator = evaluator
+        self.rates = dict(rates or {})
+        self._parts: dict[str, list[float]] = {}
+        self.add_callback(_MarkComplete())
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.batches, batch_size=None, shuffle=False)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        losses: dict[str, Tensor] = model(**inputs)
+        for name, value in losses.items():
+            if name != "loss":
+                self._parts.setdefault(name, []).append(float(value.detach()))
+        return (losses["loss"], losses) if return_outputs else losses["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            logs.update({name: sum(values) / len(values) for name, values in self._parts.items()})
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups: dict[tuple[float, bool], list[Tensor]] = {}
+            for name, weight in self.model.named_parameters():  # type: ignore[union-attr]
+                if weight.requires_grad:
+                    rate = next((f for key, f in self.rates.items() if key in name), 1.0)
+                    groups.setdefault((rate, weight.ndim > 1), []).append(weight)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": weights,
+                        "lr": self.args.learning_rate * rate,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (rate, decays), weights in groups.items()
+                ],
+                betas=(0.9, 0.98),
+                fused=True,
+            )
+        return self.optimizer
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        assert self.model is not None
+        self.model.eval()
+        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        self.model.train()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trainable(self.model, folder / "trainable.safetensors")  # type: ignore[arg-type]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trainable(model or self.model, Path(resume_from_checkpoint) / "trainable.safetensors")  # type: ignore[arg-type]
+
+    def run(self) -> list[dict[str, float]]:
+        """Train from the last complete checkpoint, if there is one; returns the log history."""
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        if checkpoint is not None:
+            self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            print(f"resuming from {checkpoint}")
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return self.state.log_history  # type: ignore[return-value]
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the weights of the best evaluation in ``best.safetensors`` and stops after ``patience`` without a better one.
+
+    The log history is its only memory, and that is part of every checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, metric: str, patience: int):
+        self.model, self.file, self.metric, self.patience = model, folder / "best.safetensors", metric, patience
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        best = max(range(len(values)), key=lambda i: values[i])
+        if best == len(values) - 1:
+            save_trainable(self.model, self.file)
+        elif len(values) - 1 - best >= self.patience:
+            control.should_training_stop = True
+
+
+class _MarkComplete(TrainerCallback):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest complete checkpoint in a folder; incomplete ones are removed."""
+    complete = []
+    for found in folder.glob("checkpoint-*"):
+        if (found / COMPLETE).exists():
+            complete.append(found)
+        else:
+            shutil.rmtree(found)
+    return max(complete, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def save_trainable(model: nn.Module, file: Path) -> None:
+    """Write the trainable weights by name, atomically."""
+    weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    temporary = file.with_suffix(".partial")
+    save_file(weights, temporary)
+    os.replace(temporary, file)
+
+
+def load_trainable(model: nn.Module, file: Path) -> None:
+    """Read back what ``save_trainable`` wrote."""
+    weights = load_file(file)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trainable != set(weights):
+        raise RuntimeError(f"{file} holds other weights than this model trains: was the configuration changed?")
+    model.load_state_dict(weights, strict=False)
+
+
+def training_arguments(
+    folder: Path, config: OptimizationConfig, steps: int, seed: int, eval_every: int | None
+) -> TrainingArguments:
+    """TrainingArguments shared by both stages."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard" / folder.name)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(round(steps * config.warmup)),
+        max_grad_norm=config.gradient_clip,
+        logging_steps=config.log_every,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        eval_strategy="no" if eval_every is None else "steps",
+        eval_steps=eval_every,
+        seed=seed,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        dataloader_num_workers=0,
+        disable_tqdm=not os.isatty(2),
+        optim="adamw_torch",
+        bf16=False,
+    )

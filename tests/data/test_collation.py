@@ -1,0 +1,133 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from userllm.data import (
+    HistoryCollator,
+    SplitConfig,
+    StoredHistories,
+    TrainingSequences,
+    Vocabulary,
+    encode_histories,
+    encode_user_history,
+)
+from userllm.events import Event, UserHistory
+
+FIELDS = ("item", "rating", "genres", "year")
+
+
+@pytest.fixture
+def dataset(made):
+    return made([5, 9, 1])
+
+
+def test_stored_and_unseen_users_are_encoded_alike(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    rows = [(1, 2, 8), (0, 0, 5), (2, 0, 1), (1, 4, 4)]
+    stored = encode_histories(dataset, vocabulary, rows)
+    histories = [dataset.history(user, start, stop) for user, start, stop in rows]
+    unseen, unknown = encode_user_history(histories, vocabulary, dataset.items)
+    assert unknown == []
+    assert stored.mask.tolist() == [[True] * n + [False] * (6 - n) for n in (6, 5, 1, 0)]
+    assert torch.equal(stored.mask, unseen.mask)
+    assert list(stored.fields) == list(FIELDS)
+    for name, ids in stored.fields.items():
+        assert ids.dtype == torch.int64
+        assert torch.equal(ids, unseen.fields[name])
+        assert (ids[~stored.mask] == 0).all()
+
+
+def test_ids_name_the_right_values(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    batch = encode_histories(dataset, vocabulary, [(1, 0, 9)])
+    for s in range(9):
+        row = int(dataset.events["item"][dataset.offsets[1] + s])
+        item = dataset.items.row(row, named=True)
+        assert batch.fields["item"][0, s] == row + 2
+        genres = [vocabulary["genres"].value_of(i) for i in batch.fields["genres"][0, s].tolist() if i]
+        assert genres == item["genres"]
+        year = int(batch.fields["year"][0, s])
+        assert year == 1 if item["year"] is None else vocabulary["year"].value_of(year) == str(item["year"])
+        rating = vocabulary["rating"].value_of(int(batch.fields["rating"][0, s]))
+        assert float(rating) == dataset.events["rating"][dataset.offsets[1] + s]
+
+
+def test_the_collator_comes_back_from_a_saved_item_table(dataset, tmp_path):
+    vocabulary = Vocabulary.from_dataset(dataset)
+    vocabulary.save(tmp_path / "vocabulary.json")
+    dataset.items.write_parquet(tmp_path / "items.parquet")
+    saved = HistoryCollator(pl.read_parquet(tmp_path / "items.parquet"), Vocabulary.load(tmp_path / "vocabulary.json"))
+    batch, _ = saved.from_histories([dataset.history(1)])
+    wanted = encode_histories(dataset, vocabulary, [(1, 0, 9)])
+    assert all(torch.equal(batch.fields[name], wanted.fields[name]) for name in wanted.fields)
+
+
+def test_unknown_items_keep_their_place_and_are_named(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    history = UserHistory(
+        [
+            Event("i5", fields={"rating": 4}),
+            Event("nonsense"),
+            Event("Film 7 (1977)", fields={"rating": "0.5"}),
+            Event("nonsense", fields={"rating": 99.0}),
+        ]
+    )
+    batch, unknown = encode_user_history([history, UserHistory([])], vocabulary, dataset.items)
+    assert unknown == ["nonsense"]
+    assert batch.fields["item"].tolist() == [[7, 1, 9, 1], [0, 0, 0, 0]]
+    assert batch.fields["rating"][0].tolist() == [vocabulary["rating"].id_of(4), 1, vocabulary["rating"].id_of(0.5), 1]
+    assert (batch.fields["genres"][0, 1] == 0).all()
+    assert batch.fields["year"][0, 1] == 1
+    assert batch.lengths.tolist() == [4, 0]
+
+
+def test_an_item_added_after_training_keeps_its_genres(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset)
+    new = pl.DataFrame({"item": [30], "id": ["new"], "title": ["New (2000)"], "genres": [["g1"]], "year": [2000]})
+    grown = pl.concat([dataset.items, new.cast(dict(dataset.items.schema))])
+    batch, unknown = encode_user_history([UserHistory([Event("new")])], vocabulary, grown)
+    assert unknown == ["new"]
+    assert batch.fields["item"].tolist() == [[1]]
+    assert vocabulary["genres"].value_of(int(batch.fields["genres"][0, 0, 0])) == "g1"
+
+
+def test_long_and_empty_histories(dataset):
+    collator = HistoryCollator(dataset.items, Vocabulary.from_dataset(dataset))
+    batch, _ = collator.from_histories([dataset.history(1)], max_length=4)
+    latest = encode_histories(dataset, collator.vocabulary, [(1, 5, 9)])
+    assert torch.equal(batch.fields["item"], latest.fields["item"])
+    empty, _ = collator.from_histories([UserHistory([])])
+    assert empty.mask.tolist() == [[False]]
+    assert empty.fields["genres"].shape[:2] == (1, 1)
+
+
+def test_a_title_that_two_items_have_names_neither(dataset):
+    items = dataset.items.with_columns(pl.lit("Twin").alias("title"))
+    collator = HistoryCollator(items, Vocabulary.from_dataset(dataset))
+    assert collator.row_of("Twin") == collator.num_items
+    assert collator.row_of("i3") == 3
+
+
+def test_inputs_and_targets_are_one_event_apart(dataset):
+    stored = StoredHistories(dataset, Vocabulary.from_dataset(dataset))
+    sequences = TrainingSequences(SplitConfig(min_events=3).build(dataset), max_length=4)
+    rows = [sequences[i] for i in range(len(sequences))]
+    chunk = stored.next_events(rows)
+    whole = stored.batch(rows)
+    inputs, targets = chunk["inputs"], chunk["targets"]
+    assert torch.equal(inputs.mask, targets.mask)
+    assert torch.equal(targets.mask, whole.mask[:, 1:])
+    for name, ids in whole.fields.items():
+        assert torch.equal(targets.fields[name], ids[:, 1:])
+        kept = inputs.mask
+        assert torch.equal(inputs.fields[name][kept], ids[:, :-1][kept])
+        assert (inputs.fields[name][~kept] == 0).all()
+
+
+def test_the_target_of_an_example_is_the_event_that_follows(dataset):
+    stored = StoredHistories(dataset, Vocabulary.from_dataset(dataset))
+    split = SplitConfig().build(dataset)
+    targets = stored.targets(split.examples("test"))
+    last = dataset.offsets[split.users + 1] - 1
+    assert np.array_equal(targets.fields["item"][:, 0].numpy(), dataset.events["item"][last] + 2)
