@@ -30,8 +30,8 @@ lint: $(VENV)/.lint  ## style, types, and the direction of imports
 docs: $(VENV)/.docs  ## the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: .venv-bench/.installed  ## the speed comparisons of docs/performance.md
-	for script in benchmarks/bench_*.py; do .venv-bench/bin/python $$script || exit 1; done
+bench: $(VENV)/.installed .venv-bench/.installed  ## both sides of the comparisons in docs/performance.md
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.12" >&2; exit 2; }
@@ -48,8 +48,9 @@ $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraint
 	$(PIP_INSTALL) --editable '.[$*]'
 	@touch $@ $(VENV)/.installed
 
-# Its own environment: RecTools still needs numpy 1.
-.venv-bench/.installed: pyproject.toml | $(BIN)/python
+# Its own environment, without userllm: RecTools still needs numpy 1.
+.venv-bench/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --no-compile --editable '.[bench]'
+	.venv-bench/bin/pip install --quiet --upgrade --no-compile pip
+	.venv-bench/bin/pip install --quiet --no-compile 'rectools[torch]==0.19.0' pyarrow $$(grep -E '^(torch|polars)==' constraints.txt)
 	@touch $@

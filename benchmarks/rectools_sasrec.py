@@ -1,27 +1,28 @@
 """Reference number: RecTools' SASRec on leave-last-out next-item ranking.
 
-Needs an environment of its own (`pip install "rectools[torch]==0.19.0" polars pyarrow`); nothing here imports
-`userllm`, so the number does not depend on our code.
+Needs an environment of its own (`pip install "rectools[torch]==0.19.0" polars pyarrow`); nothing here
+imports `userllm`, so the number does not depend on our code.
 
-Protocol. All users with at least 5 events. A user's events are ordered by time, ties by source row order. The
-last event is the test target, the last but one the validation target. The model is trained once, on the train
-events (all but the last two), and never on a target. The history is everything before the target: the train
-events for validation, and the train events plus the validation event for test. The model reads the last
-`--max-len` of them. Ranking is over the full catalogue of items the model was trained on; items of the history
-are removed; a target outside that catalogue, or already in the history, is a miss. Ties in the score count
-against the target. The epoch reported under "best" has the highest validation recall@10; test numbers play no
-part in choosing it.
+Protocol. All users with at least 5 events. A user's events are ordered by time, ties by source row order.
+The last event is the test target, the last but one the validation target. The model is trained once, on
+the train events (all but the last two), and never on a target. The history is everything before the
+target: the train events for validation, and the train events plus the validation event for test. The
+model reads the last `--max-len` of them. Ranking is over the full catalogue of items the model was
+trained on; items of the history are removed; a target outside that catalogue, or already in the history,
+is a miss. Ties in the score count against the target. The epoch reported under "best" has the highest
+validation recall@10; test numbers play no part in choosing it.
 
-How RecTools trains. An epoch shows each user once, as one sequence: the user's last `max_len + 1` train events,
-left padded to `max_len` inputs and `max_len` next-item targets. Older events are never seen, and an item found
-only there is outside the model's catalogue (counted in "data"). "Training events" are the non-padding targets.
+How RecTools trains. An epoch shows each user once, as one sequence: the user's last `max_len + 1` train
+events, left padded to `max_len` inputs and `max_len` next-item targets. Older events are never seen, and
+an item found only there is outside the model's catalogue (counted in "data"). "Training events" are the
+non-padding targets.
 
-`--loss-positions targets` leaves out the logits of padding positions, which RecTools computes and its loss then
-ignores: the same loss and gradients to float rounding (`--check-loss`) in less time. The default `all` is RecTools'
-own training step; the speed of RecTools as shipped must be measured with it.
+`--loss-positions targets` leaves out the logits of padding positions, which RecTools computes and its
+loss then ignores: the same loss and gradients to float rounding (`--check-loss`) in less time. The
+default `all` is RecTools' own training step; the speed of RecTools as shipped must be measured with it.
 
-Costs. `train_wall_s` and `train_cpu_s` (user + system time of the process, all threads) run from the first batch
-and leave out our evaluations; `wall_s` is everything since the first batch.
+Costs. `train_wall_s` and `train_cpu_s` (user + system time of the process, all threads) run from the
+first batch and leave out our evaluations; `wall_s` is everything since the first batch.
 """
 
 import argparse
@@ -73,8 +74,8 @@ def read_histories(path: Path) -> Histories:
 def train_dataset(histories: Histories) -> Dataset:
     """RecTools dataset of the train events.
 
-    RecTools sorts by datetime itself, so each user's events get strictly increasing made-up days: no tie is left
-    for its sort to decide. Weights are 1: RecTools weighs the loss by them.
+    RecTools sorts by datetime itself, so each user's events get strictly increasing made-up days: no tie
+    is left for its sort to decide. Weights are 1: RecTools weighs the loss by them.
     """
     parts = [history[:-2] for history in histories]
     lengths = [len(part) for part in parts]
@@ -162,7 +163,7 @@ def check_same_loss(module: TransformerLightningModule, batch: dict[str, torch.T
         module.zero_grad()
         loss = step(module, batch, 0)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append([parameter.grad.clone() for parameter in module.parameters()])
     module.zero_grad()
     module.train()
@@ -178,7 +179,7 @@ def check_same_loss(module: TransformerLightningModule, batch: dict[str, torch.T
 class Evaluation(lightning.Callback):
     """After every `every` epochs: rank, record, write `out`, and stop on patience or at the time limit.
 
-    The test ranks of the best epoch go to `<out>.ranks.npz` (one per user, in user order), for paired comparisons.
+    The test ranks of the best epoch go to `<out>.ranks.npz` (one per user, in user order).
     """
 
     def __init__(self, histories: Histories, report: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -220,10 +221,8 @@ class Evaluation(lightning.Callback):
             elapsed = time.perf_counter() - self.start_wall
             cpu = time.process_time() - self.start_cpu
             loss = float(outputs["loss"])
-            print(
-                f"batch {batch_idx} loss {loss:.4f} wall {elapsed:.1f} s cpu {cpu:.1f} s events {self.events}",
-                flush=True,
-            )
+            cost = f"wall {elapsed:.1f} s cpu {cpu:.1f} s events {self.events}"
+            print(f"batch {batch_idx} loss {loss:.4f} {cost}", flush=True)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         epoch = trainer.current_epoch + 1

@@ -1,5 +1,7 @@
 """``python -m userllm``."""
 
+import sys
+
 from userllm.cli import main
 
-main()
+sys.exit(main())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig
+from userllm.errors import UserError
 from userllm.evaluation.closed import EvaluationConfig
 from userllm.language_models.pretrained import LanguageModelConfig
 from userllm.model import FusionConfig
@@ -50,3 +51,24 @@ class RunConfig:
     """Tasks by name; one model is trained on their mixture and evaluated on each."""
     contextualize: ContextualizeConfig = field(default_factory=ContextualizeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for settings that cannot go together, before any work is done."""
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
+        if self.data.release is None and self.data.folder is None:
+            raise UserError("data: give release (movielens-1m, ...) or folder (a prepared dataset)")
+        if not self.tasks:
+            raise UserError("tasks is empty; give at least one task")
+        encoder, split = self.encoder, self.split
+        if encoder.width % encoder.heads:
+            raise UserError(f"encoder.width {encoder.width} is not a multiple of encoder.heads {encoder.heads}")
+        longest = split.window if split.kind == "paper" else encoder.max_length
+        if longest > encoder.max_length:
+            raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
+        if self.pretrain is not None:
+            batch = self.pretrain.batch
+            if (batch.events is None) == (batch.sequences is None):
+                raise UserError("pretrain.batch: give either events or sequences, and null for the other")
+            if batch.events is not None and batch.events < longest:
+                raise UserError(f"pretrain.batch.events {batch.events} cannot hold one history of {longest} events")

@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,9 @@ class FusionConfig:
 
     layers: str = "all"
     """Fused layers: "all", "every:K" (every K-th, counted from the top) or "last:K" (paper: 18 gated layers)."""
+    attend: Literal["text", "answer"] = "text"
+    """Which text attends to the user. "text": every token (paper). "answer" (ours): the prompt's last token and all that
+    follow; the rest of the prompt is read once for everybody, which makes training and answering several times faster."""
     events: int = 50
     """Latest events whose embeddings the LM attends to (paper: 50, 100, 200)."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
@@ -43,12 +48,12 @@ class FusionConfig:
 
     def layer_indices(self, count: int) -> list[int]:
         """Indices of the fused layers in an LM of ``count`` layers. Raises UserError for an unusable setting."""
-        kind, _, number = self.layers.partition(":")
-        if kind == "all" and not number:
+        if self.layers == "all":
             return list(range(count))
-        if kind in ("every", "last") and number.isdigit() and 1 <= int(number) <= count:
-            step = int(number)
-            return list(range(count - 1, -1, -step))[::-1] if kind == "every" else list(range(count - step, count))
+        setting = re.fullmatch(r"(every|last):([0-9]+)", self.layers)
+        if setting and 1 <= (step := int(setting[2])) <= count:
+            every = setting[1] == "every"
+            return list(range(count - 1, -1, -step))[::-1] if every else list(range(count - step, count))
         raise UserError(f'fusion.layers: {self.layers!r} is not "all", "every:K" or "last:K" with K in 1..{count}')
 
 
@@ -104,6 +109,7 @@ class ContextualLM(nn.Module):
         )
         self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
         self._lower: dict[str, LowerStates] = {}
+        self._prompts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.lm_is_frozen = False
 
     def train(self, mode: bool = True) -> ContextualLM:
@@ -181,7 +187,7 @@ class ContextualLM(nn.Module):
     ) -> Ranking:
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
         with torch.no_grad(), self.conditioned(users):
-            state = _TextInLM(self, len(users.tokens), self._lower.get(task))
+            state = TextInLM(self, len(users.tokens), task)
             return search_answers(state, self.answers[task], self.head, len(users.tokens), k, beams, excluded)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
@@ -200,11 +206,48 @@ class ContextualLM(nn.Module):
         closed = self.answers[task]
         texts = closed.texts(answers)
         lower = self._lower.get(task)
+        states = None if lower is None else lower.of(texts)
+        ids, position, cache = texts.input_ids, texts.position, None
+        read = len(closed.prompt_ids) - 1
+        if self.config.attend == "answer" and read > 0:
+            cache = self.prompt_cache(task, len(answers), states is not None)
+            ids, position = ids[:, read:], position - read
+            states = None if states is None else states[:, read:]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(texts.input_ids, None if lower is None else lower.of(texts))
-        picked = hidden[texts.row, texts.position]
+            hidden = self._hidden(ids, states, cache)
+        picked = hidden[texts.row, position]
         rows, children, log_p = closed.choices(picked, texts.node, self.head)
         return texts, rows, children, log_p.float()
+
+    def prompt_cache(self, task: str, rows: int, replayed: bool) -> DynamicCache:
+        """Keys and values of a task's prompt but its last token, read without a user, for ``rows`` texts.
+
+        replayed: layers below the first fused one will be replayed, so all they need is a stand-in of the right length.
+        """
+        prompt = self.answers[task].prompt_ids[:-1]
+        pairs = self._prompts.get(task) or self._read_without_user(prompt[None])
+        cache = DynamicCache(config=self.lm.config)
+        stand_in = torch.zeros(rows, 1, len(prompt), 1, device=prompt.device)
+        for index, (layer, (keys, values)) in enumerate(zip(cache.layers, pairs, strict=True)):
+            if replayed and index < self.attachment.first:
+                layer.update(stand_in, stand_in)
+            else:
+                layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        return cache
+
+    def read_prefix(self, input_ids: Tensor, copies: int = 1) -> DynamicCache:
+        """A cache of texts [R, T] read without a user, each repeated ``copies`` times (beams), to generate on from."""
+        cache = DynamicCache(config=self.lm.config)
+        for layer, (keys, values) in zip(cache.layers, self._read_without_user(input_ids), strict=True):
+            layer.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0))
+        return cache
+
+    def _read_without_user(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values per layer of texts [R, T], read by the base LM."""
+        cache = DynamicCache(config=self.lm.config)
+        with self.without_user():
+            self._hidden(input_ids, None, cache)
+        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
 
     def _hidden(self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
         """Last hidden states [R, T, D]. Texts are padded on the right, so no position sees padding."""
@@ -222,15 +265,17 @@ class ContextualLM(nn.Module):
     # ---- states below the first fused layer -----------------------------------------------------------------------
 
     def store_lower_states(self, batch: int = 64) -> None:
-        """Compute, once per distinct text, what the frozen layers below the first fused one make of each closed task.
+        """Compute, once per distinct text, what a frozen LM makes of each closed task before the user comes in.
 
-        Does nothing for a task that scores over the whole vocabulary (it reads every node of its trie) or where the
-        first layer is fused. Call ``forget_lower_states`` before those layers change.
+        That is every trie node's state below the first fused layer (not for a task that scores over the whole
+        vocabulary, which reads every node, nor where the first layer is fused) and, with ``attend="answer"``, the
+        prompt's keys and values. Call ``forget_lower_states`` before the LM changes.
         """
-        if self.attachment.first == 0:
-            return
         for name, closed in self.answers.items():
-            if closed.normalization == "vocabulary" or name in self._lower:
+            if self.config.attend == "answer" and len(closed.prompt_ids) > 1 and name not in self._prompts:
+                with torch.no_grad():
+                    self._prompts[name] = self._read_without_user(closed.prompt_ids[None, :-1])
+            if self.attachment.first == 0 or closed.normalization == "vocabulary" or name in self._lower:
                 continue
             tree = closed.tree
             needed = tree.high - tree.low > 1
@@ -258,8 +303,9 @@ class ContextualLM(nn.Module):
             self._lower[name] = LowerStates(head.clone(), nodes, row)
 
     def forget_lower_states(self) -> None:
-        """Drop the stored states (because the layers they came from are about to change)."""
+        """Drop what ``store_lower_states`` stored (because the LM is about to change)."""
         self._lower.clear()
+        self._prompts.clear()
 
     def check_head(self) -> None:
         """Compare the logits of chosen tokens with the LM's own forward pass.
@@ -280,13 +326,14 @@ class ContextualLM(nn.Module):
         return {index: block.gate_value for index, block in self.attachment.blocks.items()}
 
 
-class _TextInLM:
+class TextInLM:
     """The texts of B users, k rows each, inside the LM: key-value cache, and replayed lower states where stored."""
 
-    def __init__(self, model: ContextualLM, users: int, lower: LowerStates | None):
+    def __init__(self, model: ContextualLM, users: int, task: str, replay: bool = True):
         self.model = model
         self.users = users
-        self.lower = lower
+        self.task = task
+        self.lower = model._lower.get(task) if replay else None
         self.cache = DynamicCache(config=model.lm.config)
 
     def start(self, prompt_ids: Tensor) -> Tensor:
@@ -295,7 +342,11 @@ class _TextInLM:
         if self.lower is not None:
             states = torch.cat([self.lower.prompt, self.lower.nodes[self.lower.row[0]][None]])
             states = states.expand(self.users, -1, -1)
-        return self._read(prompt_ids.expand(self.users, -1), states)
+        ids = prompt_ids.expand(self.users, -1)
+        if self.model.config.attend == "answer" and len(prompt_ids) > 1:
+            self.cache = self.model.prompt_cache(self.task, self.users, states is not None)
+            ids, states = ids[:, -1:], None if states is None else states[:, -1:]
+        return self._read(ids, states)
 
     def advance(self, tokens: Tensor, nodes: Tensor, parents: Tensor) -> Tensor:
         """One more token for rows that continue ``parents``: [R, D]."""
@@ -307,7 +358,7 @@ class _TextInLM:
         hidden = self.model._hidden(input_ids, states, self.cache)
         if states is not None:
             # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
-            stand_in = states.new_zeros(len(input_ids), 1, input_ids.shape[1], 1)
+            stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)
             for layer in self.cache.layers[: self.model.attachment.first]:
                 layer.update(stand_in, stand_in)
         return hidden[:, -1]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from userllm.contextual import ContextualLM, FusionConfig
+from userllm.contextual import ContextualLM, FusionConfig, TextInLM
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
@@ -155,6 +155,8 @@ class UserLLM(ContextualLM):
         self.eval()
         text = prompt
         if chat:
+            if self.tokenizer.chat_template is None:
+                raise UserError(f"{self.reference.name} has no chat template; ask without chat")
             message = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         inputs = self.tokenizer(str(text), return_tensors="pt").to(self.lm.device)
@@ -169,6 +171,8 @@ class UserLLM(ContextualLM):
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
         users = None if history is None else self.context(self._batch([history]))
+        if self.config.attend == "answer" and inputs["input_ids"].shape[1] > 1:
+            inputs["past_key_values"] = self.read_prefix(inputs["input_ids"][:, :-1], num_beams)
         with self._conditioned_or_not(users):
             output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
         new = output[0, inputs["input_ids"].shape[1] :]
@@ -188,7 +192,7 @@ class UserLLM(ContextualLM):
         users = self.context(self._batch([history]))
         users.recorded = {}
         with self.conditioned(users):
-            self._hidden(self.answers[task].prompt_ids[None])
+            TextInLM(self, 1, task).start(self.answers[task].prompt_ids)
         gates = {index: abs(value) for index, value in self.gates.items()}
         whole = sum(gates.values())
         share = {index: value / whole if whole > 0 else 1 / len(gates) for index, value in gates.items()}

@@ -118,7 +118,7 @@ class Run:
         with self._stage("contextualize", keys, done.exists) as todo:
             if todo:
                 self._need("dataset", "data")
-                model = self._build_model()
+                model = self.build_model()
                 counts = trainable_parameters(model)
                 say("contextualize: trainable " + ", ".join(f"{g} {n:,}" for g, n in counts.items()))
                 set_seed(self.config.seed)
@@ -163,7 +163,7 @@ class Run:
         encoder.load_state_dict(load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain")))
         return encoder
 
-    def _build_model(self) -> UserLLM:
+    def build_model(self) -> UserLLM:
         config, items = self.config, self.dataset.items
         lm, tokenizer, reference = load(config.lm)
         strategy = config.contextualize.strategy

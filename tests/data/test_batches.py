@@ -33,7 +33,9 @@ def test_no_test_event_can_reach_training(lengths, size, seed, kind):
     if split is None:
         return
     held_out = set(zip(split.users.tolist(), split.test.tolist(), strict=True))
-    held_out |= {(u, v) for u, v in zip(split.users.tolist(), split.validation.tolist(), strict=True) if v >= 0}
+    held_out |= {
+        (u, v) for u, v in zip(split.users.tolist(), split.validation.tolist(), strict=True) if v >= 0
+    }
     assert all((user, lengths[user] - 1) in held_out for user in split.users.tolist())
     sequences = TrainingSequences(split, max_length=size, seed=seed)
     kept = set(split.users.tolist())
@@ -57,7 +59,9 @@ def test_every_training_event_is_a_target_once_an_epoch(lengths, max_length, epo
     assert len(sequences) == number
     assert (sequences.lengths <= max_length).all()
     assert (sequences.lengths >= 1).all()
-    targets = Counter((user, i) for user, start, stop in sequences.rows.tolist() for i in range(start + 1, stop))
+    targets = Counter(
+        (user, i) for user, start, stop in sequences.rows.tolist() for i in range(start + 1, stop)
+    )
     wanted = {
         (user, i)
         for user, end in zip(split.users.tolist(), split.train_end.tolist(), strict=True)

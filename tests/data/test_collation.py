@@ -57,7 +57,9 @@ def test_the_collator_comes_back_from_a_saved_item_table(dataset, tmp_path):
     vocabulary = Vocabulary.from_dataset(dataset)
     vocabulary.save(tmp_path / "vocabulary.json")
     dataset.items.write_parquet(tmp_path / "items.parquet")
-    saved = HistoryCollator(pl.read_parquet(tmp_path / "items.parquet"), Vocabulary.load(tmp_path / "vocabulary.json"))
+    saved = HistoryCollator(
+        pl.read_parquet(tmp_path / "items.parquet"), Vocabulary.load(tmp_path / "vocabulary.json")
+    )
     batch, _ = saved.from_histories([dataset.history(1)])
     wanted = encode_histories(dataset, vocabulary, [(1, 0, 9)])
     assert all(torch.equal(batch.fields[name], wanted.fields[name]) for name in wanted.fields)
@@ -76,7 +78,12 @@ def test_unknown_items_keep_their_place_and_are_named(dataset):
     batch, unknown = encode_user_history([history, UserHistory([])], vocabulary, dataset.items)
     assert unknown == ["nonsense"]
     assert batch.fields["item"].tolist() == [[7, 1, 9, 1], [0, 0, 0, 0]]
-    assert batch.fields["rating"][0].tolist() == [vocabulary["rating"].id_of(4), 1, vocabulary["rating"].id_of(0.5), 1]
+    assert batch.fields["rating"][0].tolist() == [
+        vocabulary["rating"].id_of(4),
+        1,
+        vocabulary["rating"].id_of(0.5),
+        1,
+    ]
     assert (batch.fields["genres"][0, 1] == 0).all()
     assert batch.fields["year"][0, 1] == 1
     assert batch.lengths.tolist() == [4, 0]
@@ -84,7 +91,9 @@ def test_unknown_items_keep_their_place_and_are_named(dataset):
 
 def test_an_item_added_after_training_keeps_its_genres(dataset):
     vocabulary = Vocabulary.from_dataset(dataset)
-    new = pl.DataFrame({"item": [30], "id": ["new"], "title": ["New (2000)"], "genres": [["g1"]], "year": [2000]})
+    new = pl.DataFrame(
+        {"item": [30], "id": ["new"], "title": ["New (2000)"], "genres": [["g1"]], "year": [2000]}
+    )
     grown = pl.concat([dataset.items, new.cast(dict(dataset.items.schema))])
     batch, unknown = encode_user_history([UserHistory([Event("new")])], vocabulary, grown)
     assert unknown == ["new"]

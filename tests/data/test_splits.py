@@ -15,7 +15,9 @@ def test_leave_last_out(made):
     assert split.examples("test", max_length=6).tolist() == [[1, 0, 4], [2, 5, 11]]
     assert split.examples("validation", max_length=6).tolist() == [[1, 0, 3], [2, 4, 10]]
     assert split.num_training_targets == 2 + 9
-    assert split.describe().startswith("leave_last_out (min_events 5): 2 of 3 users; 11 training targets, 2 validation, 2 test")
+    assert split.describe().startswith(
+        "leave_last_out (min_events 5): 2 of 3 users; 11 training targets, 2 validation, 2 test"
+    )
 
 
 def test_paper(made):
@@ -39,7 +41,12 @@ def test_the_fingerprint_follows_data_kind_and_parameters(made):
     fingerprints = [
         config.build(data).fingerprint
         for data in (first, second)
-        for config in (SplitConfig(), SplitConfig(min_events=6), SplitConfig("paper"), SplitConfig("paper", window=20))
+        for config in (
+            SplitConfig(),
+            SplitConfig(min_events=6),
+            SplitConfig("paper"),
+            SplitConfig("paper", window=20),
+        )
     ]
     assert len(set(fingerprints)) == len(fingerprints)
     assert SplitConfig().build(first).fingerprint == fingerprints[0]

@@ -39,7 +39,9 @@ def test_a_history_is_the_users_events(made):
     assert history.user == "u2"
     rows = [dataset.offsets[2] + 1, dataset.offsets[2] + 2]
     assert [event.item for event in history.events] == [f"i{dataset.events['item'][row]}" for row in rows]
-    assert [event.fields["rating"] for event in history.events] == [dataset.events["rating"][row] for row in rows]
+    assert [event.fields["rating"] for event in history.events] == [
+        dataset.events["rating"][row] for row in rows
+    ]
     assert len(dataset.history(2)) == 6
     assert dataset.user_index("u2") == 2
     with pytest.raises(UserError, match="no user number 3; users are 0 to 2"):
@@ -64,13 +66,15 @@ def test_the_fingerprint_depends_on_order_titles_and_values_alone():
     assert first != fingerprint(events.with_columns(pl.col("time") + 1), items)
 
 
-def rewrite(dataset: Dataset, **replaced) -> Dataset:
+def rewrite(dataset: Dataset, **replaced: pl.DataFrame) -> Dataset:
     """Write a dataset once more, parts of it replaced."""
-    parts = {name: pl.read_parquet(dataset.folder / f"{name}.parquet") for name in ("events", "items", "users")}
-    card = dataset.card
-    return write_dataset(
-        dataset.folder, **(parts | replaced), name="again", source=card.source, fields=card.fields
-    )
+    parts = {
+        name: pl.read_parquet(dataset.folder / f"{name}.parquet") for name in ("events", "items", "users")
+    }
+    parts |= replaced
+    source, fields = dataset.card.source, dataset.card.fields
+    events, items, users = parts["events"], parts["items"], parts["users"]
+    return write_dataset(dataset.folder, events, items, users, name="again", source=source, fields=fields)
 
 
 def test_an_earlier_dataset_is_replaced(made):
@@ -115,8 +119,7 @@ def test_folders_that_are_no_dataset(made, tmp_path):
 @pytest.mark.parametrize("moment", ["write_parquet", "write_text", "replace"])
 def test_a_killed_writer_leaves_nothing_that_looks_finished(moment, tmp_path):
     script = textwrap.dedent(f"""
-        import os, pathlib, signal, polars, sys
-        sys.path.insert(0, {str(tmp_path)!r})
+        import os, pathlib, signal, polars
         from userllm.data import FieldSpec, Source, write_dataset
         die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
         if {moment!r} == "write_parquet": polars.DataFrame.write_parquet = die
@@ -125,8 +128,10 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(moment, tmp_path):
         events = polars.DataFrame({{"user": [0], "item": [0], "time": [1], "rating": [1.0]}})
         items = polars.DataFrame({{"id": ["a"], "title": ["A"], "genres": [["g"]], "year": [1999]}})
         users = polars.DataFrame({{"id": ["u"]}})
-        write_dataset(pathlib.Path({str(tmp_path / "out")!r}), events, items, users, name="n",
-                      source=Source("made", "here", "none", "0", "path"), fields=[FieldSpec("rating", "event", "single")])
+        source = Source("made", "here", "none", "0", "path")
+        fields = [FieldSpec("rating", "event", "single")]
+        folder = pathlib.Path({str(tmp_path / "out")!r})
+        write_dataset(folder, events, items, users, name="n", source=source, fields=fields)
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -9, done.stderr

@@ -25,8 +25,9 @@ def test_ratings_are_texts_in_numeric_order(made):
 
 
 def test_genres_and_years(made):
-    vocabulary = Vocabulary.from_dataset(made([5]), ("item", "genres", "year"))
-    assert vocabulary["genres"].values == ["g0", "g0x", "g1", "g1x", "g2", "g2x", "g3"][: vocabulary["genres"].size - 2] or True
+    dataset = made([5])
+    vocabulary = Vocabulary.from_dataset(dataset, ("item", "genres", "year"))
+    assert vocabulary["genres"].values == sorted({genre for row in dataset.items["genres"] for genre in row})
     assert vocabulary["genres"].kind == "multi"
     assert vocabulary["genres"].level == "item"
     assert vocabulary["year"].values[0] == "1971"
@@ -41,7 +42,9 @@ def test_round_trip(made, tmp_path):
 
 def test_bad_fields_and_files(made, tmp_path):
     dataset = made([5, 9])
-    with pytest.raises(UserError, match="no field 'price'; declared fields are item, rating, genres, year, title"):
+    with pytest.raises(
+        UserError, match="no field 'price'; declared fields are item, rating, genres, year, title"
+    ):
         Vocabulary.from_dataset(dataset, ("item", "price"))
     with pytest.raises(UserError, match="field 'title' is text"):
         Vocabulary.from_dataset(dataset, ("item", "title"))

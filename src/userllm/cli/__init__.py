@@ -1,23 +1,75 @@
-"""The command line."""
+"""The command line: ``userllm COMMAND``. One file per command; this one puts them together.
+
+A command imports what it needs only when it runs: ``--help`` and the ``data`` commands never load torch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from pathlib import Path
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
 
-from userllm.cli.configuration import load_config
+from userllm.cli import contextualize, data, evaluate, generate, pretrain, recommend, report, run
 from userllm.errors import UserError
 
+DESCRIPTION = "Gives a language model a sense of who it is talking to: user embeddings, cross-attended."
+EPILOG = """\
+first steps:
+  userllm run configs/demo.yaml                      everything, from raw data to runs/demo/report.html
+  userllm recommend runs/demo --user 1m_42           what this user will watch next, with and without the user
+  userllm data inspect DIR                           what is in a prepared dataset
 
-def main() -> None:
-    from userllm.pipeline import Run
+Every command says more with --help. A command that was interrupted goes on where it stopped when it is given again.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as every other wrong input is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import userllm
+
+        print(f"userllm {userllm.__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="userllm",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (run, data, pretrain, contextualize, evaluate, report, recommend, generate):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        config, plain = load_config(Path(sys.argv[2]), sys.argv[3:])
-        Run(config, plain).through({"run": "report", "pretrain":"pretrain","contextualize":"contextualize","evaluate":"evaluate"}[sys.argv[1]])
+        arguments = build_parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.command(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,79 @@ from userllm.config import RunConfig
 from userllm.errors import UserError
 
 
-def load_config(file: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
+def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration and its plain values, defaults included.
 
-    Raises UserError for a missing file, an unknown key or a value of the wrong type.
+    file: YAML; None: defaults alone. overrides: ``"a.b=c"``, the value read as YAML, so null, lists and numbers work.
+    Raises UserError for a missing file, an unknown key, a value of the wrong type, or settings that contradict.
     """
+    base = {} if file is None else _read(Path(file))
+    for text in overrides:
+        _override(base, text)
     parser = ArgumentParser(exit_on_error=False, prog="config")
     parser.add_class_arguments(RunConfig)
+    where = file or "configuration"
+    _check_groups(base, RunConfig(), f"{where}: ")
     try:
-        base: dict[str, Any] = {}
-        if file is not None:
-            if not file.is_file():
-                raise UserError(f"{file}: no such configuration file")
-            base = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        for text in overrides:
-            _override(base, text)
-        parsed = parser.parse_object(base)
-    except (argparse.ArgumentError, yaml.YAMLError, TypeError, KeyError) as error:
+        values = Namespace(parser.parse_object(base))
+        built = parser.instantiate(values)
+        config = RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
+    except (argparse.ArgumentError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{file or 'configuration'}: {reason[:400]}") from error
-    values = Namespace(parsed)
-    built = parser.instantiate(values)
-    config = RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
-    return config, yaml.safe_load(parser.dump(values, format="yaml", skip_none=False, skip_default=False))
+        raise UserError(f"{where}: {reason[:400]}") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return config, _plain(config)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        base = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: no such configuration file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    if base is None:
+        return {}
+    if not isinstance(base, dict):
+        raise UserError(f"{file}: a configuration is a table of settings, this is a {type(base).__name__}")
+    return base
 
 
 def _override(base: dict[str, Any], text: str) -> None:
-    """Set ``a.b=c`` in nested plain values; the value is read as YAML, so null, lists and numbers work."""
+    """Set ``a.b=c`` in nested plain values."""
     path, equals, value = text.partition("=")
-    if not equals or not path:
+    if not equals or not all(path.split(".")):
         raise UserError(f"override {text!r} is not of the form a.b=c")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not YAML; quote it") from error
     *parents, last = path.split(".")
     for key in parents:
         if not isinstance(base.get(key), dict):
             base[key] = {}
         base = base[key]
-    base[last] = yaml.safe_load(value)
+    base[last] = parsed
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and paths as what YAML and JSON can hold."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_groups(given: dict[str, Any], default: Any, where: str) -> None:
+    """Raise UserError where a single value stands for a whole group of settings."""
+    for name, value in given.items():
+        group = getattr(default, str(name), None)
+        if not is_dataclass(group) or value is None:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{where}{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)")
+        _check_groups(value, group, f"{where}{name}.")

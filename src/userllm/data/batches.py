@@ -1,4 +1,4 @@
-"""Training chunks and their order: both pure functions of (seed, epoch), so that a resumed run sees the same batches."""
+"""Training chunks and their order: pure functions of (seed, epoch), so that a resumed run sees the same batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from userllm.data.collation import HistoryCollator, Row, StoredHistories, encode_histories, encode_user_history
+from userllm.data.collation import (
+    HistoryCollator,
+    Row,
+    StoredHistories,
+    encode_histories,
+    encode_user_history,
+)
 from userllm.data.splits import Split
 
 __all__ = [
@@ -56,7 +62,8 @@ class TrainingSequences(TorchDataset[Row]):
         shift = random.integers(0, counts * self.max_length - targets + 1)
         user = np.repeat(np.arange(len(counts)), counts)
         place = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
-        start = place * self.max_length - shift[user]  # the first chunk is cut short on the left, the last on the right
+        # the first chunk is cut short on the left, the last on the right
+        start = place * self.max_length - shift[user]
         stop = np.minimum(start + self.max_length + 1, self.split.train_end[user])
         return np.stack([self.split.users[user], np.maximum(start, 0), stop], axis=1)
 
@@ -139,9 +146,10 @@ class LengthBucketSampler(Sampler[list[int]]):
 
     def _batch_of(self, order: np.ndarray) -> np.ndarray:
         """The batch that each entry of ``order`` falls into, rising. No batch is empty: no entry is longer than one."""
-        cost = self.sequences.lengths[order] if self.config.events is not None else np.ones(len(order), dtype=np.int64)
-        size = cost.sum() / self.batches if self.config.events is not None else self.config.sequences
-        return ((np.cumsum(cost) - cost) // size).astype(np.int64)
+        if self.config.sequences is not None:
+            return np.arange(len(order)) // self.config.sequences
+        cost = self.sequences.lengths[order]
+        return ((np.cumsum(cost) - cost) // (cost.sum() / self.batches)).astype(np.int64)
 
     def _sorted_in_pools(self, order: np.ndarray) -> np.ndarray:
         """Rising lengths in even pools, falling in odd ones: a batch across two pools is of one length, too."""

@@ -35,7 +35,9 @@ class HistoryCollator:
         """Ids by item row, [items + 1] or [items + 1, K]; the last row is an item that is not in the table."""
         column = self.items[field.name].to_list()
         if field.kind == "single":
-            return np.array([UNKNOWN if v is None else field.id_of(v) for v in [*column, None]], dtype=np.int64)
+            return np.array(
+                [UNKNOWN if v is None else field.id_of(v) for v in [*column, None]], dtype=np.int64
+            )
         width = max((len(values) for values in column if values is not None), default=0)
         table = np.full((self.num_items + 1, max(1, width)), PADDING, dtype=np.int64)
         for row, values in enumerate(column):
@@ -48,7 +50,9 @@ class HistoryCollator:
         distinct, place = np.unique(values, return_inverse=True)
         return field.ids_of(distinct.tolist())[place].reshape(values.shape)
 
-    def from_arrays(self, item_rows: np.ndarray, event_ids: dict[str, np.ndarray], mask: np.ndarray) -> HistoryBatch:
+    def from_arrays(
+        self, item_rows: np.ndarray, event_ids: dict[str, np.ndarray], mask: np.ndarray
+    ) -> HistoryBatch:
         """A batch from padded arrays.
 
         item_rows: [B, S] rows of the item table (``num_items`` where the item is not in it; any row where masked).
@@ -75,7 +79,10 @@ class HistoryCollator:
         with id 1 and no genres; so do fields that an event leaves out. Of each history the latest ``max_length`` events
         are kept. A batch of empty histories has S = 1, all masked.
         """
-        events = [list(history.events)[-max_length:] if max_length else list(history.events) for history in histories]
+        events = [
+            list(history.events)[-max_length:] if max_length else list(history.events)
+            for history in histories
+        ]
         shape = (len(events), max(1, max(map(len, events), default=0)))
         mask = np.zeros(shape, dtype=bool)
         item_rows = np.full(shape, self.num_items, dtype=np.int64)
@@ -147,7 +154,9 @@ class StoredHistories:
         }
 
 
-def encode_histories(dataset: Dataset, vocabulary: Vocabulary, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
+def encode_histories(
+    dataset: Dataset, vocabulary: Vocabulary, rows: Sequence[Row] | np.ndarray
+) -> HistoryBatch:
     """One batch of stored histories. For many batches build a ``StoredHistories`` once."""
     return StoredHistories(dataset, vocabulary).batch(rows)
 

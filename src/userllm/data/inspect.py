@@ -42,11 +42,18 @@ def describe_user(dataset: Dataset, user: int) -> str:
     history = dataset.history(user)
     first = max(0, len(history) - EVENTS_SHOWN)
     rows = range(int(dataset.offsets[user]) + first, int(dataset.offsets[user + 1]))
-    lines = [f"user {user} (id {history.user}): {len(history)} events" + (f", the latest {EVENTS_SHOWN}" if first else "")]
+    lines = [
+        f"user {user} (id {history.user}): {len(history)} events"
+        + (f", the latest {EVENTS_SHOWN}" if first else "")
+    ]
     for event, row in zip(history.events[first:], rows, strict=True):
         item = dataset.items.row(int(dataset.events["item"][row]), named=True)
-        values = "  ".join(f"{name} {value:g}" for name, value in event.fields.items() if not isinstance(value, str))
-        lines.append(f"  {_day(event.time or 0)}  {values}  {item['title']}  [{', '.join(item['genres'] or [])}]")
+        values = "  ".join(
+            f"{name} {value:g}" for name, value in event.fields.items() if not isinstance(value, str)
+        )
+        lines.append(
+            f"  {_day(event.time or 0)}  {values}  {item['title']}  [{', '.join(item['genres'] or [])}]"
+        )
     return "\n".join(lines)
 
 

@@ -65,7 +65,11 @@ class Split:
         target = self.validation if part == "validation" else self.test
         kept = target >= 0
         users, stop = self.users[kept], target[kept]
-        limits = [n for n in (max_length, self.config.window if self.config.kind == "paper" else None) if n is not None]
+        limits = [
+            n
+            for n in (max_length, self.config.window if self.config.kind == "paper" else None)
+            if n is not None
+        ]
         start = np.maximum(0, stop - min(limits)) if limits else np.zeros_like(stop)
         return np.stack([users, start, stop], axis=1)
 
@@ -80,7 +84,11 @@ class Split:
 
     def describe(self) -> str:
         """One line for a person."""
-        rule = f"window {self.config.window}" if self.config.kind == "paper" else f"min_events {self.config.min_events}"
+        rule = (
+            f"window {self.config.window}"
+            if self.config.kind == "paper"
+            else f"min_events {self.config.min_events}"
+        )
         return (
             f"{self.config.kind} ({rule}): {len(self.users):,} of {self.dataset_users:,} users; "
             f"{self.num_training_targets:,} training targets, {int((self.validation >= 0).sum()):,} validation, "
@@ -100,7 +108,9 @@ class Split:
 
 def _leave_last_out(dataset: Dataset, config: SplitConfig) -> Split:
     if config.min_events < 3:
-        raise UserError(f"split.min_events is {config.min_events}; leave_last_out needs at least 3 events of a user")
+        raise UserError(
+            f"split.min_events is {config.min_events}; leave_last_out needs at least 3 events of a user"
+        )
     lengths = dataset.lengths
     users = np.flatnonzero(lengths >= config.min_events)
     if len(users) == 0:
@@ -135,4 +145,7 @@ def _paper(dataset: Dataset, config: SplitConfig) -> Split:
 
 
 def _in_validation(user: int) -> bool:
-    return int.from_bytes(hashlib.sha256(f"validation user {user}".encode()).digest()[:8]) % VALIDATION_USERS == 0
+    return (
+        int.from_bytes(hashlib.sha256(f"validation user {user}".encode()).digest()[:8]) % VALIDATION_USERS
+        == 0
+    )

@@ -96,7 +96,9 @@ class Dataset:
     events: "item" (int32, row of ``items``), "time" (int64, s) and the declared event fields ("rating", float32).
     """
 
-    def __init__(self, folder: Path, card: DatasetCard, items: pl.DataFrame, users: pl.DataFrame, events: pl.DataFrame):
+    def __init__(
+        self, folder: Path, card: DatasetCard, items: pl.DataFrame, users: pl.DataFrame, events: pl.DataFrame
+    ):
         self.folder = folder
         self.card = card
         self.items = items
@@ -113,7 +115,9 @@ class Dataset:
         folder = Path(folder)
         card_file = folder / "card.json"
         if not card_file.is_file():
-            raise UserError(f"{folder}: not a prepared dataset (no card.json); make one with `userllm data prepare`")
+            raise UserError(
+                f"{folder}: not a prepared dataset (no card.json); make one with `userllm data prepare`"
+            )
         card = DatasetCard.from_json(card_file.read_text(encoding="utf-8"), card_file)
         frames = {}
         for name, rows in (("items", card.items), ("users", card.users), ("events", card.events)):
@@ -123,8 +127,14 @@ class Dataset:
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); prepare the dataset again") from error
             if len(frames[name]) != rows:
-                raise UserError(f"{file}: {len(frames[name])} rows, the card says {rows}; prepare the dataset again")
-        return cls(folder, card, **frames)
+                raise UserError(
+                    f"{file}: {len(frames[name])} rows, the card says {rows}; prepare the dataset again"
+                )
+        dataset = cls(folder, card, **frames)
+        if (dataset.lengths == 0).any():
+            empty = dataset.user_ids[int(dataset.lengths.argmin())]
+            raise UserError(f"{folder / 'users.parquet'}: user {empty} has no events; prepare the dataset again")
+        return dataset
 
     @property
     def num_users(self) -> int:
@@ -158,7 +168,9 @@ class Dataset:
         try:
             return self._user_numbers[raw_id]
         except KeyError as error:
-            raise UserError(f"{self.folder}: no user {raw_id!r}; users look like {self.user_ids[0]!r}") from error
+            raise UserError(
+                f"{self.folder}: no user {raw_id!r}; users look like {self.user_ids[0]!r}"
+            ) from error
 
     @cached_property
     def _user_numbers(self) -> dict[str, int]:
@@ -232,12 +244,14 @@ def write_dataset(
         raise UserError(f"{source.where}: there are no events; a dataset needs at least one")
     event_fields = [f.name for f in fields if f.level == "event" and f.name != "item"]
     types: dict[str, Any] = {"user": pl.Int32, "item": pl.Int32, "time": pl.Int64}
-    types |= {field: pl.Float32 for field in event_fields}
+    types |= dict.fromkeys(event_fields, pl.Float32)
     events = events.select(pl.col(column).cast(dtype) for column, dtype in types.items())
     events = events.sort("user", "time", maintain_order=True)
     counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
     if (counts == 0).any():
-        raise UserError(f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user")
+        raise UserError(
+            f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user"
+        )
     items = items.drop("item", strict=False).with_row_index("item").cast({"item": pl.Int32})
     users = users.select(pl.int_range(pl.len(), dtype=pl.Int32).alias("user"), pl.col("id"))
     times = events["time"].to_numpy()
@@ -256,7 +270,9 @@ def write_dataset(
         created_by=_created_by(),
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+    ) as scratch:
         partial = Path(scratch) / "dataset"
         partial.mkdir()
         for part, frame in (("events", events), ("items", items), ("users", users)):

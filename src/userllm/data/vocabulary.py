@@ -69,7 +69,9 @@ class Vocabulary:
         self._by_name = {field.name: field for field in self.fields}
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, fields: Sequence[str] = ("item", "rating", "genres")) -> Vocabulary:
+    def from_dataset(
+        cls, dataset: Dataset, fields: Sequence[str] = ("item", "rating", "genres")
+    ) -> Vocabulary:
         """Vocabularies of the named declared fields. Raises UserError for a field that is undeclared or is text."""
         return cls([_field_vocabulary(dataset, name) for name in fields])
 
@@ -108,7 +110,9 @@ def _field_vocabulary(dataset: Dataset, name: str) -> FieldVocabulary:
         raise UserError(f"{dataset.folder}: no field {name!r}; declared fields are {', '.join(specs)}")
     spec = specs[name]
     if spec.kind == "text":
-        raise UserError(f"{dataset.folder}: field {name!r} is text and has no vocabulary; leave it out of the fields")
+        raise UserError(
+            f"{dataset.folder}: field {name!r} is text and has no vocabulary; leave it out of the fields"
+        )
     if name == "item":
         values = dataset.item_ids
     elif spec.level == "event":

@@ -123,15 +123,22 @@ class LogitHead:
         self.output = output
         self.softcap = softcap
         self.scale = scale
-        self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._rows: tuple[Tensor, tuple[int, int], Tensor, Tensor | None] | None = None
 
     def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits [..., V] of hidden states [..., D], or [..., C] for ``tokens`` [C] only."""
         weight: Tensor = self.output.weight  # type: ignore[assignment]
         bias: Tensor | None = getattr(self.output, "bias", None)
         if tokens is not None:
-            if weight.requires_grad or self._rows is None or self._rows[0] is not tokens:
-                self._rows = (tokens, weight[tokens], None if bias is None else bias[tokens])
-            _, weight, bias = self._rows
+            weight, bias = self._picked(weight, bias, tokens)
         logits = torch.nn.functional.linear(hidden, weight, bias) * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def _picked(self, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of ``tokens``; kept for the next call unless they learn or have changed since."""
+        if weight.requires_grad:
+            return weight[tokens], None if bias is None else bias[tokens]
+        state = (weight.data_ptr(), weight._version)
+        if self._rows is None or self._rows[0] is not tokens or self._rows[1] != state:
+            self._rows = (tokens, state, weight[tokens], None if bias is None else bias[tokens])
+        return self._rows[2], self._rows[3]

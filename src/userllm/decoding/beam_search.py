@@ -126,9 +126,12 @@ def search_free(
         done_score, keep = pool.topk(k, dim=1)
         done = torch.cat([done, padded], dim=1).gather(1, keep[..., None].expand(-1, -1, steps))
         open_score = best_score.masked_fill(ended, -torch.inf)
+        open_score = open_score.masked_fill(open_score <= done_score[:, -1:], -torch.inf)
         score, keep = open_score.topk(k, dim=1)
-        if not bool((score > done_score[:, -1:]).any()):
+        width_next = int((score > -torch.inf).sum(1).max())
+        if width_next == 0:
             break
+        score, keep = score[:, :width_next], keep[:, :width_next]
         sequences = extended.gather(1, keep[..., None].expand(-1, -1, step + 1))
         offset = torch.arange(users, device=device)[:, None] * width
         parents = (row.gather(1, keep) + offset).flatten()

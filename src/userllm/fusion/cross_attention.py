@@ -80,7 +80,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
             update = update * hidden.detach().float().pow(2).mean(-1, keepdim=True).sqrt().to(update.dtype)
         if self.gate is not None:
             update = torch.tanh(self.gate) * update
-        return hidden + update
+        return hidden + update.to(hidden.dtype)
 
     def attention(self, hidden: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         """The attention weights behind ``forward``, averaged over heads: [B*k, T, M]; rows of an empty user are zero."""
@@ -94,7 +94,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         # the k texts of one user become one longer row of queries: the user's keys are shared, not copied
         if hidden.shape[0] % users:
             raise ValueError(f"{hidden.shape[0]} text rows do not divide among {users} users")
-        q = self.query(self.text_norm(hidden))
+        q = self.query(self.text_norm(hidden.to(self.query.weight.dtype)))
         return q.view(users, -1, self.config.heads, self.config.head_width).transpose(1, 2)
 
     @property

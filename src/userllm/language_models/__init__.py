@@ -1,1 +1,1 @@
-"""Where the frozen or tuned language model comes from: the hub, a folder, a package wheel, or a tiny random one for tests."""
+"""Where the language model comes from: the hub, a folder, a package wheel, or a tiny random one for tests."""

@@ -1,6 +1,7 @@
 """A llama.cpp GGUF file of the Llama architecture -> a Hugging Face folder.
 
-transformers can read GGUF too, but unpacks it anew at every load, in minutes; here it is unpacked once, in about ten seconds.
+transformers can read GGUF too, but unpacks it anew at every load, in minutes; here it is unpacked once, in about
+ten seconds.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def convert_llama_gguf(gguf_path: Path, out_folder: Path) -> None:
     architecture, tokenizer = _field(reader, "general.architecture"), _field(reader, "tokenizer.ggml.pre", "")
     if architecture != "llama" or tokenizer != "smollm":
         raise UserError(
-            f"{gguf_path}: architecture {architecture!r} with tokenizer {tokenizer!r} cannot be converted (only 'llama' with "
-            "'smollm'); use the model's Hugging Face folder instead"
+            f"{gguf_path}: architecture {architecture!r} with tokenizer {tokenizer!r} cannot be converted "
+            "(only 'llama' with 'smollm'); use the model's Hugging Face folder instead"
         )
     out_folder.mkdir(parents=True, exist_ok=True)
     weights = _weights(reader)
@@ -136,7 +137,7 @@ def _weights(reader: GGUFReader) -> dict[str, torch.Tensor]:
 
 
 def _half_split_rope(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's reordering of query and key rows: it rotates neighbouring pairs, transformers the two halves of a head."""
+    """Undo llama.cpp's order of query and key rows: it rotates neighbouring pairs, transformers a head's two halves."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -41,7 +41,8 @@ class LanguageModelConfig:
     """Which language model."""
 
     name: str = "smollm2-135m-instruct"
-    """``smollm2-135m-instruct``, any hub id (``Qwen/Qwen3-0.6B``), a local Hugging Face folder, or ``tiny-random-ARCHITECTURE``.
+    """``smollm2-135m-instruct``, any hub id (``Qwen/Qwen3-0.6B``), a local Hugging Face folder, or
+    ``tiny-random-llama`` (or another architecture of tiny.py, for tests).
     The papers' LMs are PaLM-2 XXS and XS (unpublished); the default is ours."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory. Ours."""
@@ -86,7 +87,7 @@ PACKAGED = {
 
 
 def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
-    """The model in evaluation mode on the CPU, its tokenizer with a padding token and left padding, and where they came from.
+    """The model in evaluation mode on the CPU, its tokenizer, padding on the left, and where they came from.
 
     Raises UserError where `resolve` does, and for a folder that holds no causal LM or damaged weights.
     """
@@ -120,8 +121,8 @@ def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
 def resolve(config: LanguageModelConfig) -> ResolvedLM:
     """Find the model's folder, fetching or converting it into the cache when this machine does not have it.
 
-    A short name is looked for in the local caches, then on the hub, then in its package wheel; a hub id in the local cache,
-    then on the hub; a folder is taken as it is. Raises UserError when none serves, and for an incomplete folder.
+    A short name is looked for in the local caches, then on the hub, then in its package wheel; a hub id in the local
+    cache, then on the hub; a folder is taken as it is. Raises UserError when none serves, and for an incomplete folder.
     """
     name = config.name
     if name in PACKAGED:
@@ -145,7 +146,8 @@ def require_complete(folder: Path) -> None:
         )
     if missing := missing_file(folder):
         raise UserError(
-            f"language model folder {folder}: {missing} is missing; save both model and tokenizer there with save_pretrained"
+            f"language model folder {folder}: {missing} is missing; "
+            "save both model and tokenizer there with save_pretrained"
         )
 
 
@@ -171,7 +173,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash over the contents of the weight files (about 1 s per GB); read from weights.sha256 in a folder that we wrote."""
+    """Hash over the contents of the weight files (about 1 s per GB), or weights.sha256 in a folder that we wrote."""
     kept = folder / "weights.sha256"
     if kept.is_file():
         return kept.read_text().strip()
@@ -217,7 +219,7 @@ def _resolve_tiny(name: str) -> ResolvedLM:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    # Built anew each time (a fraction of a second) and filed under what it is, so that an older cache never serves another model.
+    # Built anew each time (a fraction of a second) and filed under its hash: an older cache never serves another model.
     content = hashlib.sha256(
         f"{model.config.to_json_string()}{sorted(tokenizer.get_vocab().items())}".encode()
     )
@@ -229,9 +231,10 @@ def _resolve_tiny(name: str) -> ResolvedLM:
 
 
 def _write_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a draft in a temporary sibling, add the weights' hash, rename: a folder of that name is always whole.
+    """Let ``write`` fill a draft, add the weights' hash, rename: a folder of that name is always whole.
 
-    The draft's parent is ``write``'s to use, and goes away."""
+    The draft lies in a temporary sibling folder that is ``write``'s to use, and goes away.
+    """
     if missing_file(folder) is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +255,8 @@ def _resolve_hub(name: str, hub_id: str, revision: str | None) -> ResolvedLM:
         return ResolvedLM(folder, name, f"the local hub cache of {where}", weights_sha256(folder))
     if problem := _hub_problem():
         raise UserError(
-            f"language model {where}: {problem}, and it is not in the local cache; connect, or name a local folder instead"
+            f"language model {where}: {problem}, and it is not in the local cache; "
+            "connect, or name a local folder instead"
         )
     try:
         folder = _download(hub_id, revision)

@@ -51,9 +51,9 @@ SAMPLE_TEXTS = (
 def tiny_language_model(
     architecture: str, vocab_texts: Iterable[str] = SAMPLE_TEXTS, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM of 4 layers of width 32 with random weights, and a byte-level BPE tokenizer trained on ``vocab_texts``.
+    """A causal LM of 4 layers of width 32 with random weights, and a byte-level BPE tokenizer trained on the texts.
 
-    The same arguments give the same weights. The initial scale is ten times the usual one, so that outputs differ visibly.
+    The same arguments give the same weights. Their scale is ten times the usual one, so that outputs differ visibly.
     Raises UserError for an unknown architecture.
     """
     tokenizer = tiny_tokenizer(vocab_texts)
@@ -66,7 +66,10 @@ def tiny_language_model(
 
 
 def tiny_tokenizer(vocab_texts: Iterable[str] = SAMPLE_TEXTS, size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with at most ``size`` tokens; <pad>, <bos>, <eos> are 0, 1, 2; encodes any text without loss, prepends nothing."""
+    """Byte-level BPE with at most ``size`` tokens, of which <pad>, <bos> and <eos> are 0, 1 and 2.
+
+    Encodes any text without loss and prepends nothing.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

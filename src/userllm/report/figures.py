@@ -36,7 +36,7 @@ TRAINING = ("loss", "parts", "validation", "measures")
 """Kinds of training curves, in the order of the page."""
 _INK, _MUTED, _LINE = "#24292f", "#59636e", "#d8dee4"
 _SIZE = (5.8, 3.5)
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 12,
     "text.color": _INK,
@@ -154,9 +154,10 @@ def curves(
         if window > 1:
             axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], smooth, color=colour, label=f"{name}, mean of {window} logs")
+            axes.plot(steps[window - 1 :], smooth, color=colour, label=name)
         else:
             axes.plot(steps, values, color=colour, marker="o", markersize=4, label=name)
+    axes.set_xlim(left=0)
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
@@ -183,9 +184,8 @@ def attention_bars(example: Example) -> Figure:
     weights = [math.nan if event.attention is None else event.attention for event in example.history]
     ago = np.arange(len(weights), 0, -1)
     axes.bar(ago, weights, 0.85, color=COLOURS["user_llm"])
-    axes.axhline(
-        1 / len(weights), color=COLOURS["popularity"], linewidth=1.2, linestyle="--", label="even spread"
-    )
+    even = 1 / sum(event.attention is not None for event in example.history)
+    axes.axhline(even, color=COLOURS["popularity"], linewidth=1.2, linestyle="--", label="even spread")
     axes.set_xlim(len(weights) + 0.6, 0.4)
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     axes.set_xlabel("events ago")
@@ -214,8 +214,8 @@ def caption(name: str) -> str:
     stage = label(of, STAGES)
     return {
         "recall": "Recall by system; lines are 95 % intervals.",
-        "loss": f"{stage}: loss by step.",
-        "parts": f"{stage}: the parts of the loss by step.",
+        "loss": f"{stage}: loss by step; where a line is smoothed, the thin one is as logged.",
+        "parts": f"{stage}: the parts of the loss, likewise.",
         "validation": f"{stage}: ranking metrics of validation users by step.",
         "measures": f"{stage}: other measures of validation users by step.",
         "gates": "Gate of each fused LM layer after training; at 0 the layer does not see the user.",

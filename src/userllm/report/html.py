@@ -59,5 +59,8 @@ def render(run: RunRecord, drawn: dict[str, Figure]) -> str:
         most_attended=attended.most_attended(MOST_ATTENDED) if attended else [],
         shown_events=SHOWN_EVENTS,
         **{name: getattr(wording, name) for name in ("SYSTEMS", "TASKS", "GAINS", "METRICS", "STAGES")},
-        **{name: getattr(wording, name) for name in ("label", "number", "duration", "users", "remarks")},
+        **{
+            name: getattr(wording, name)
+            for name in ("label", "number", "duration", "users", "remarks", "context_mark")
+        },
     )

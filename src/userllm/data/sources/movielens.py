@@ -34,9 +34,20 @@ FIELDS = (
     FieldSpec("title", "item", "text"),
 )
 GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
-    "Mystery Romance Sci-Fi Thriller War Western"
-).split()
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *(
+        "Fantasy",
+        "Film-Noir",
+        "Horror",
+        "Musical",
+        "Mystery",
+        "Romance",
+        "Sci-Fi",
+        "Thriller",
+        "War",
+        "Western",
+    ),
+)
 """The genre flags of u.item, in order."""
 NO_GENRES = ("(no genres listed)", "unknown", "")
 YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
@@ -71,23 +82,24 @@ class Layout:
 def prepare_movielens(path: Path | None, out: Path, release: str | None = None) -> Dataset:
     """Prepare a MovieLens release as a dataset in ``out``.
 
-    path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k", "movielens-1m") by itself.
+    path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k" or "-1m") by itself.
     Raises UserError for anything wrong with the copy, naming file and line.
     """
     check_writable(out)
+    source = None
     if path is None:
         found = find_release(release)
-        path, where, sha256, served_by = found.path, found.where, found.sha256, found.served_by
-    else:
-        where, sha256, served_by = str(path), None, "path"
+        path, source = found.path, Source("movielens", found.where, found.file, found.sha256, found.served_by)
     out.parent.mkdir(parents=True, exist_ok=True)
     with opened(path, scratch=out.parent) as (layout, ratings, movies):
         items = read_movies(layout, movies)
         events, users = read_ratings(layout, ratings, items, movies.label)
-        if sha256 is None:
-            sha256 = sha256_of(path if path.is_file() else ratings.path)
-        source = Source("movielens", where, path.name if path.is_file() else ratings.path.name, sha256, served_by)
-        return write_dataset(out, events, items, users, name=release or "movielens", source=source, fields=FIELDS)
+        if source is None:
+            file = path if path.is_file() else ratings.path
+            source = Source("movielens", str(path), file.name, sha256_of(file), "path")
+        return write_dataset(
+            out, events, items, users, name=release or "movielens", source=source, fields=FIELDS
+        )
 
 
 @contextmanager
@@ -96,20 +108,27 @@ def opened(path: Path, scratch: Path) -> Iterator[tuple[Layout, SourceFile, Sour
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
         layout, ratings, movies = match_layout(path, names)
-        yield layout, SourceFile(path / ratings, str(path / ratings)), SourceFile(path / movies, str(path / movies))
+        yield (
+            layout,
+            SourceFile(path / ratings, str(path / ratings)),
+            SourceFile(path / movies, str(path / movies)),
+        )
     elif not path.is_file():
         raise UserError(f"{path}: no such folder or zip; give the folder or zip of a MovieLens release")
     elif not zipfile.is_zipfile(path) and path.suffix != ".zip":
-        raise UserError(f"{path}: neither a folder nor a zip; give the folder that holds it, or the release's zip")
+        raise UserError(
+            f"{path}: neither a folder nor a zip; give the folder that holds it, or the release's zip"
+        )
     else:
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".unzipped.") as folder:
             try:
                 with zipfile.ZipFile(path) as archive:
-                    layout, *members = match_layout(path, archive.namelist())
-                    files = [_unpacked(archive, member, Path(folder), path) for member in members]
+                    layout, ratings, movies = match_layout(path, archive.namelist())
+                    ratings_file = _unpacked(archive, ratings, Path(folder), path)
+                    movies_file = _unpacked(archive, movies, Path(folder), path)
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise UserError(f"{path}: truncated or damaged zip ({error}); download it again") from error
-            yield layout, *files
+            yield layout, ratings_file, movies_file
 
 
 def _unpacked(archive: zipfile.ZipFile, member: str, folder: Path, path: Path) -> SourceFile:
@@ -128,7 +147,10 @@ def match_layout(path: Path, names: list[str]) -> tuple[Layout, str, str]:
         if ratings and movies:
             return layout, ratings, movies
         if ratings or movies:
-            half = half or f"{ratings or movies} is there, {layout.items if ratings else layout.ratings} is missing"
+            half = (
+                half
+                or f"{ratings or movies} is there, {layout.items if ratings else layout.ratings} is missing"
+            )
     if half:
         raise UserError(f"{path}: {half}; give a complete copy of the release")
     pairs = ", ".join(f"{layout.ratings} with {layout.items}" for layout in LAYOUTS)
@@ -138,12 +160,16 @@ def match_layout(path: Path, names: list[str]) -> tuple[Layout, str, str]:
 def _named(wanted: str, names: list[str]) -> str | None:
     """The least deeply nested file with this name, or this ending where it starts with a dot."""
     bases = [(name, PurePosixPath(name).name) for name in names]
-    fits = [n for n, base in bases if (base.endswith(wanted) if wanted[0] == "." else base == wanted) and base[0] != "."]
+    fits = [
+        n
+        for n, base in bases
+        if (base.endswith(wanted) if wanted[0] == "." else base == wanted) and base[0] != "."
+    ]
     return min(fits, key=lambda name: (name.count("/"), name), default=None)
 
 
 def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
-    """The catalogue: id, title, genres, year. Raises UserError where it is empty, or an id or title is missing or twice."""
+    """The catalogue: id, title, genres, year. Raises UserError where it is empty or an id or title is missing."""
     movies = list(layout.movies(file))
     if not movies:
         raise UserError(f"{file.label}: the catalogue is empty; give a complete copy of the release")
@@ -174,8 +200,12 @@ def read_ratings(
     """Events (user, item, rating, time) in file order, and users (id) by first appearance."""
     log = read_log(file, layout.separator, layout.columns, layout.header)
     log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
-    numbered_items = items.select(pl.col("id").alias("item"), pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
-    if log.schema["item"] != pl.String:  # ids are compared as numbers: 32 million of them as text would cost gigabytes
+    numbered_items = items.select(
+        pl.col("id").alias("item"), pl.int_range(pl.len(), dtype=pl.Int32).alias("number")
+    )
+    if (
+        log.schema["item"] != pl.String
+    ):  # ids are compared as numbers: 32 million of them as text would cost gigabytes
         numbered_items = numbered_items.with_columns(pl.col("item").cast(pl.Int64))
     item = log.select("item").join(numbered_items, on="item", how="left", maintain_order="left")["number"]
     if item.null_count():
@@ -186,7 +216,10 @@ def read_ratings(
     numbered = users.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
     user = log.select("user").join(numbered, on="user", how="left", maintain_order="left")["number"]
     events = log.select(
-        user.alias("user"), item.alias("item"), pl.col("time").cast(pl.Int64), pl.col("rating").cast(pl.Float32)
+        user.alias("user"),
+        item.alias("item"),
+        pl.col("time").cast(pl.Int64),
+        pl.col("rating").cast(pl.Float32),
     )
     return events, users.select(pl.col("user").cast(pl.String).alias("id"))
 
@@ -216,7 +249,9 @@ def _movies_csv(file: SourceFile) -> Iterator[Movie]:
     try:
         names = next(reader, [])
         if missing := [name for name in ("movieId", "title", "genres") if name not in names]:
-            raise UserError(f"{file.label} line 1: no column {', '.join(missing)}; give a complete copy of the release")
+            raise UserError(
+                f"{file.label} line 1: no column {', '.join(missing)}; give a complete copy of the release"
+            )
         for fields in reader:
             if not fields:
                 continue
@@ -240,7 +275,9 @@ def _movies_recbole(file: SourceFile) -> Iterator[Movie]:
         if names is None:
             names = [name.split(":")[0].strip() for name in fields]
             if missing := [name for name in ("item_id", "movie_title") if name not in names]:
-                raise UserError(f"{file.label} line {number}: no column {', '.join(missing)}; the header is not RecBole's")
+                raise UserError(
+                    f"{file.label} line {number}: no column {', '.join(missing)}; the header is not RecBole's"
+                )
             continue
         if len(fields) != len(names):
             raise file.bad_line(number, f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})")
@@ -253,7 +290,12 @@ def _movies_recbole(file: SourceFile) -> Iterator[Movie]:
         yield Movie(number, row["item_id"], title, [] if genres == NO_GENRES[0] else genres.split())
 
 
-INTEGER_IDS: dict[str, ColumnType] = {"user": "integer", "item": "integer", "rating": "number", "timestamp": "integer"}
+INTEGER_IDS: dict[str, ColumnType] = {
+    "user": "integer",
+    "item": "integer",
+    "rating": "number",
+    "timestamp": "integer",
+}
 CSV_COLUMNS: dict[str, ColumnType] = {
     "userId": "integer",
     "movieId": "integer",

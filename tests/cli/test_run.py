@@ -1,0 +1,88 @@
+import json
+import shutil
+
+import pytest
+
+import userllm
+from userllm.pipeline import Run
+
+FILES = (
+    "config.yaml",
+    "pretrain/encoder/encoder.safetensors",
+    "pretrain/log_history.json",
+    "contextualize/model/config.json",
+    "contextualize/log_history.json",
+    "metrics.json",
+    "examples.json",
+    "report.html",
+    "report.md",
+)
+
+
+def test_a_run_leaves_everything(finished):
+    run = finished / "runs" / "demo"
+    assert [name for name in FILES if not (run / name).is_file()] == []
+    assert any((run / "tensorboard").rglob("events.out.tfevents*"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["dataset"]["users"] == 12
+    assert metrics["dataset"]["items"] == 24
+    assert set(metrics["timings_s"]) >= {"data", "pretrain", "contextualize", "evaluate"}
+    for task, baseline in (("next_item", "popularity"), ("favorite_genre", "majority")):
+        entry = metrics["tasks"][task]
+        assert entry["n"] == 12
+        assert entry["invalid_items"] == 0
+        for system in ("user_llm", "user_llm_shuffled", "no_user", baseline):
+            assert set(entry[system]["recall@10"]) == {"value", "low", "high"}
+        assert set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}
+
+
+def test_what_is_done_is_not_done_again(userllm, finished):
+    before = (finished / "runs/demo/metrics.json").read_bytes()
+    said = userllm("run", "config.yaml")
+    assert said.code == 0
+    assert said.out.count("skipped") == 4
+    assert (finished / "runs/demo/metrics.json").read_bytes() == before
+
+
+def test_the_resolved_configuration_is_a_configuration_of_the_same_run(userllm):
+    said = userllm("evaluate", "runs/demo/config.yaml")
+    assert said.code == 0
+    assert said.out.count("skipped") == 4
+
+
+def test_one_stage_does_what_it_needs_and_no_more(userllm, tmp_path, finished):
+    said = userllm("pretrain", finished / "config.yaml", f"data.path={finished / 'raw'}", "pretrain.epochs=1", cwd=tmp_path)
+    assert said.code == 0
+    assert (tmp_path / "runs/demo/pretrain/encoder/encoder.safetensors").is_file()
+    assert not (tmp_path / "runs/demo/contextualize").exists()
+    assert "this run has no model yet" in userllm("recommend", "runs/demo", "--user", "1", cwd=tmp_path).error
+
+
+@pytest.mark.parametrize("which", ["runs/demo", "config.yaml"])
+def test_the_report_alone(userllm, finished, which):
+    page = finished / "runs/demo/report.html"
+    page.unlink()
+    assert userllm("report", which).code == 0
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_the_report_of_a_run_that_measured_nothing(userllm, finished, tmp_path):
+    shutil.copy(finished / "config.yaml", tmp_path)
+    assert "metrics.json" in userllm("report", "config.yaml", cwd=tmp_path).error
+
+
+def test_an_interruption(userllm, finished, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "through", interrupted)
+    said = userllm("run", "config.yaml")
+    assert said.code == 130
+    assert said.err == "interrupted: give the same command again and it goes on where it stopped\n"
+
+
+def test_the_public_names_are_there():
+    for name in userllm.__all__:
+        assert getattr(userllm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = userllm.Nothing

@@ -1,0 +1,201 @@
+"""What most rooms' tests need: a small catalogue with awkward titles, a dataset over it, and tiny contextualised LMs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from userllm.contextual import ContextualLM, FusionConfig
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split, SplitConfig
+from userllm.data.store import Dataset, FieldSpec, Source, write_dataset
+from userllm.data.vocabulary import Vocabulary
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
+from userllm.events import HistoryBatch
+from userllm.fusion.cross_attention import CrossAttentionConfig
+from userllm.fusion.perceiver import PerceiverConfig
+from userllm.language_models.tiny import tiny_language_model
+from userllm.model import encoder_for
+from userllm.tasks import TaskConfig, build_task
+
+torch.set_num_threads(1)
+
+# Shared beginnings, a title that is another's beginning, two items of one title, one whose "[2]" is taken, accents.
+TITLES = [
+    "Toy Story (1995)", "Toy Story 2 (1999)", "Toy Soldiers (1991)", "Heat (1995)", "GoldenEye (1995)",
+    "The Mask (1994)", "The Mask (1994)", "The Mask", "Star Wars: Episode IV - A New Hope (1977)",
+    "Star Wars: Episode V - The Empire Strikes Back (1980)", "Star Trek (1979)", "Alien (1979)", "Aliens (1986)",
+    "Misérables, Les (1995)", "Seven (1995)", "Se7en (1995)", "The Matrix (1999)", "M (1931)", "Z (1969)", "12 Monkeys (1995)",
+]  # fmt: skip
+GENRES = ["Action", "Comedy", "Drama", "Sci-Fi"]
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> pl.DataFrame:
+    """20 items; item 17 has no genre."""
+    rng = np.random.default_rng(3)
+    return pl.DataFrame(
+        {
+            "id": [f"m{n}" for n in range(len(TITLES))],
+            "title": TITLES,
+            "genres": [
+                [] if n == 17 else sorted(rng.choice(GENRES, size=1 + n % 2, replace=False).tolist())
+                for n in range(len(TITLES))
+            ],
+            "year": [1970 + n for n in range(len(TITLES))],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset(catalogue: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """24 users with 3 to 19 different items each."""
+    rng = np.random.default_rng(5)
+    rows = [
+        (user, item, 1000 + 10 * step, rng.integers(1, 6))
+        for user in range(24)
+        for step, item in enumerate(rng.permutation(len(TITLES))[: 3 + (user * 7) % 17])
+    ]
+    events = pl.DataFrame(rows, schema=["user", "item", "time", "rating"], orient="row")
+    fields = [
+        FieldSpec("item", "event", "single"),
+        FieldSpec("rating", "event", "single"),
+        FieldSpec("genres", "item", "multi"),
+        FieldSpec("year", "item", "single"),
+        FieldSpec("title", "item", "text"),
+    ]
+    return write_dataset(
+        tmp_path_factory.mktemp("dataset") / "small",
+        events,
+        catalogue,
+        pl.DataFrame({"id": [f"u{n}" for n in range(24)]}),
+        name="small",
+        source=Source("made", "a test", "none", "0" * 64, "path"),
+        fields=fields,
+    )
+
+
+@pytest.fixture(scope="session")
+def split(dataset: Dataset) -> Split:
+    return SplitConfig(min_events=5).build(dataset)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(dataset: Dataset) -> Vocabulary:
+    return Vocabulary.from_dataset(dataset)
+
+
+@pytest.fixture(scope="session")
+def stored(dataset: Dataset, vocabulary: Vocabulary) -> StoredHistories:
+    return StoredHistories(dataset, vocabulary)
+
+
+@pytest.fixture
+def histories(stored: StoredHistories) -> HistoryBatch:
+    """Three users: 9 events, 4 events, none."""
+    return stored.batch([(3, 0, 9), (5, 0, 4), (7, 0, 0)])
+
+
+@cache
+def _tiny(architecture: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return tiny_language_model(architecture)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """A fresh copy of a tiny language model (same weights each time), and its tokenizer."""
+
+    def make(architecture: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        lm, tokenizer = _tiny(architecture)
+        return copy.deepcopy(lm), tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_encoder(vocabulary: Vocabulary) -> Callable[..., AutoregressiveEncoder]:
+    """A small encoder over the small dataset's fields, in evaluation mode."""
+
+    def make(**settings: object) -> AutoregressiveEncoder:
+        sizes: dict[str, object] = dict(
+            layers=2, width=16, heads=2, feed_forward=32, item_width=16, field_width=4, max_length=12, dropout=0.0
+        )
+        torch.manual_seed(1)
+        return encoder_for(vocabulary, AutoregressiveConfig(**(sizes | settings))).eval()  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    dataset: Dataset,
+    make_encoder: Callable[..., AutoregressiveEncoder],
+    tiny_lm: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+) -> Callable[..., ContextualLM]:
+    """A contextualised tiny LM with both tasks. ``stir`` opens the gates, so that the user makes a difference."""
+
+    def make(
+        architecture: str = "llama",
+        layers: str = "last:2",
+        events: int = 6,
+        normalization: str = "catalogue",
+        perceiver: PerceiverConfig | None = None,
+        gate: str = "tanh",
+        scale: str = "residual",
+        stir: bool = True,
+        max_length: int = 12,
+        prompt: str = "What will the user watch next? A movie that they have not seen before, surely; namely",
+    ) -> ContextualLM:
+        lm, tokenizer = tiny_lm(architecture)
+        cross = CrossAttentionConfig(heads=2, head_width=8, gate=gate, scale=scale)  # type: ignore[arg-type]
+        tasks = {
+            "next_item": TaskConfig(prompt=prompt, normalization=normalization),  # type: ignore[arg-type]
+            "favorite_genre": TaskConfig(
+                kind="favorite_category",
+                prompt="This user's favorite genre is",
+                normalization=normalization,  # type: ignore[arg-type]
+            ),
+        }
+        torch.manual_seed(2)
+        model = ContextualLM(
+            lm,
+            tokenizer,
+            make_encoder(max_length=max_length),
+            FusionConfig(layers=layers, events=events, cross_attention=cross, perceiver=perceiver),
+            {name: build_task(name, task, dataset.items) for name, task in tasks.items()},
+        ).eval()
+        if stir:
+            stir_up(model)
+        return model
+
+    return make
+
+
+def stir_up(model: ContextualLM) -> None:
+    for block in model.attachment.blocks.values():
+        if block.gate is not None:
+            block.gate.data.fill_(0.7)
+        else:
+            torch.nn.init.normal_(block.out.weight, std=0.2)
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and a hub that is never asked."""
+    monkeypatch.setenv("USERLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield tmp_path / "cache"

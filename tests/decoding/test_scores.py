@@ -1,0 +1,203 @@
+"""Scores inside real (tiny) language models against their own full forward passes."""
+
+import pytest
+import torch
+
+from userllm.contextual import TextInLM
+from userllm.decoding.beam_search import search_free
+from userllm.errors import UserError
+
+every_architecture = pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+)
+every_normalization = pytest.mark.parametrize("normalization", ["catalogue", "vocabulary"])
+
+
+def by_full_forward(model, task, users, normalization):
+    """Log-likelihood of every answer for every user: the LM's own logits over title and end, one text at a time."""
+    answers, tokenizer = model.tasks[task].answers, model.tokenizer
+    prompt = tokenizer(model.tasks[task].config.prompt)["input_ids"]
+    texts = [tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,) for a in answers]
+    scores = torch.zeros(len(users.tokens), len(texts))
+    for number, tokens in enumerate(texts):
+        ids = torch.tensor([prompt + list(tokens)]).repeat(len(users.tokens), 1)
+        with torch.no_grad(), model.conditioned(users):
+            logits = model.lm(ids).logits[:, len(prompt) - 1 : -1]
+        for place, token in enumerate(tokens):
+            if normalization == "vocabulary":
+                log_p = torch.log_softmax(logits[:, place], -1)[:, token]
+            else:
+                allowed = sorted({t[place] for t in texts if t[:place] == tokens[:place]})
+                log_p = torch.log_softmax(logits[:, place, allowed], -1)[:, allowed.index(token)]
+            scores[:, number] += log_p
+    return scores
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def per_user(users):
+    return [users.select(torch.tensor([i])) for i in range(len(users.tokens))]
+
+
+@every_architecture
+@every_normalization
+@pytest.mark.parametrize("task", ["next_item", "favorite_genre"])
+def test_every_way_to_a_score_agrees(make_model, histories, architecture, normalization, task):
+    """Teacher forcing, all answers at once, beam search; with and without replayed lower states."""
+    model = make_model(architecture, normalization=normalization)
+    model.check_head()
+    with torch.no_grad():
+        users = model.context(histories)
+    expected = by_full_forward(model, task, users, normalization)
+    count = len(model.tasks[task].answers)
+    if normalization == "catalogue":
+        close(expected.exp().sum(1), torch.ones(3))
+    for stored in (False, True):
+        if stored:
+            model.store_lower_states()
+            assert (task in model._lower) == (normalization == "catalogue")
+        close(torch.stack([model.all_log_likelihoods(task, one, batch=7) for one in per_user(users)]), expected)
+        for answer in (0, count - 1):
+            with torch.no_grad():
+                found = model.answer_log_likelihood(task, torch.full((3,), answer), users)
+            close(found, expected[:, answer])
+        ranking = model.rank_answers(task, users, k=count, beams=count)
+        best = expected.sort(dim=1, descending=True).values
+        close(ranking.scores, best)
+        close(expected.gather(1, ranking.answers), best)
+        assert ranking.answers.sort(1).values.tolist() == [list(range(count))] * 3
+        one = model.rank_answers(task, per_user(users)[1], k=5, beams=5)
+        batch = model.rank_answers(task, users, k=5, beams=5)
+        assert torch.equal(one.answers[0], batch.answers[1])
+        close(one.scores[0], batch.scores[1])
+    with torch.no_grad(), model.without_user():
+        nobody = model.all_log_likelihoods(task, None)
+    close(nobody, expected[2])  # the user without events
+
+
+@every_normalization
+@pytest.mark.parametrize("layers", ["all", "every:3", "last:1"])
+def test_other_fused_layers_and_a_perceiver(make_model, histories, normalization, layers):
+    from userllm.fusion.perceiver import PerceiverConfig
+
+    model = make_model(layers=layers, normalization=normalization, perceiver=PerceiverConfig(3, 2, 2))
+    with torch.no_grad():
+        users = model.context(histories)
+    expected = by_full_forward(model, "next_item", users, normalization)
+    model.store_lower_states()
+    assert bool(model._lower) == (layers != "all" and normalization == "catalogue")
+    ranking = model.rank_answers("next_item", users, k=20, beams=20)
+    close(ranking.scores, expected.sort(dim=1, descending=True).values)
+
+
+def test_excluded_items_are_passed_over(make_model, histories):
+    model = make_model()
+    with torch.no_grad():
+        users = model.context(histories)
+    excluded = torch.rand(3, 20) < 0.4
+    found = model.rank_answers("next_item", users, 20, 20, excluded)
+    scores = torch.stack([model.all_log_likelihoods("next_item", one) for one in per_user(users)])
+    close(found.scores, scores.masked_fill(excluded, -torch.inf).sort(dim=1, descending=True).values)
+    for user in range(3):
+        given = {a for a in found.answers[user].tolist() if a >= 0}
+        assert given == set(torch.nonzero(~excluded[user])[:, 0].tolist())
+
+
+@every_normalization
+def test_losses_are_log_likelihoods_and_a_teacher_reads_child_by_child(make_model, histories, normalization):
+    model = make_model(normalization=normalization)
+    users = model.context(histories)
+    answers = torch.tensor([0, 5, 7])
+    teacher = torch.softmax(torch.randn(3, 20), 1)
+    nll, taught = model.answer_losses("next_item", answers, users, teacher)
+    close(-nll, model.answer_log_likelihood("next_item", answers, users))
+    tokenizer = model.tokenizer
+    texts = [tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,) for a in model.tasks["next_item"].answers]
+    prompt = tokenizer(model.tasks["next_item"].config.prompt)["input_ids"]
+    for row, answer in enumerate(answers.tolist()):
+        tokens, expected = texts[answer], 0.0
+        with torch.no_grad(), model.conditioned(per_user(users)[row]):
+            logits = model.lm(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1]
+        for place in range(len(tokens)):
+            below = [n for n, t in enumerate(texts) if t[:place] == tokens[:place]]
+            allowed = sorted({texts[n][place] for n in below})
+            if normalization == "catalogue":
+                if len(allowed) == 1:
+                    continue
+                log_p = dict(zip(allowed, torch.log_softmax(logits[place, allowed], 0), strict=True))
+            else:
+                log_p = torch.log_softmax(logits[place], 0)
+            for n in below:
+                expected -= float(teacher[row, n] / teacher[row, below].sum() * log_p[texts[n][place]])
+        assert float(taught[row]) == pytest.approx(expected, abs=2e-3)
+    assert model.answer_losses("next_item", answers, users)[1] is None
+
+
+def test_losses_reach_everything_that_learns(make_model, histories):
+    model = make_model()
+    model.lm_is_frozen = True
+    model.store_lower_states()
+    nll, _ = model.answer_losses("next_item", torch.tensor([0, 5, 7]), model.context(histories))
+    nll.sum().backward()
+    for block in model.attachment.blocks.values():
+        assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in block.parameters())
+    assert model.user_tokens.recency.weight.grad.abs().sum() > 0
+    assert model.encoder.positions.weight.grad.abs().sum() > 0
+
+
+def test_all_answers_are_for_one_user(make_model, histories):
+    model = make_model()
+    with pytest.raises(ValueError, match="one user"):
+        model.all_log_likelihoods("next_item", model.context(histories.select(torch.tensor([0, 1]))))
+
+
+def test_stored_states_and_answers_follow_the_model(make_model, histories):
+    model = make_model()
+    model.store_lower_states()
+    users = model.context(histories)
+    before = model.answer_log_likelihood("next_item", torch.tensor([0, 1, 2]), users)
+    model.double()
+    after = model.answer_log_likelihood("next_item", torch.tensor([0, 1, 2]), model.context(histories))
+    close(after.float(), before)
+    model.store_lower_states()
+    model.answer_log_likelihood("next_item", torch.tensor([0, 1, 2]), model.context(histories))
+    model.to("meta")
+    assert model.answers["next_item"].prompt_ids.is_meta
+    assert model.answers["next_item"].tree.paths.is_meta
+    assert not model._lower
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_unconstrained_search_equals_transformers(make_model, histories, architecture):
+    model = make_model(architecture, prompt="Heat")
+    beams, steps, never = 4, 5, 2
+    model.lm.get_output_embeddings().weight.data[never] = 0  # an end that is never worth taking
+    prompt = model.answers["next_item"].prompt_ids
+    with torch.no_grad(), model.conditioned(model.context(histories)):
+        state = TextInLM(model, 3, None)
+        sequences, scores = search_free(state, prompt, model.head, 3, beams, never, steps)
+        theirs = model.lm.generate(
+            prompt.repeat(3, 1), attention_mask=torch.ones(3, len(prompt), dtype=torch.long), max_new_tokens=steps,
+            num_beams=beams, num_return_sequences=beams, length_penalty=0.0, do_sample=False, eos_token_id=never,
+            early_stopping="never", return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    texts = theirs.sequences[:, len(prompt) :].view(3, beams, -1)
+    assert not (texts == never).any()
+    assert torch.equal(sequences, texts)
+    close(scores, theirs.sequences_scores.view(3, beams))
+
+
+def test_logits_the_head_cannot_reproduce_are_refused(make_model):
+    model = make_model()
+    model.check_head()
+    original = model.lm.lm_head.forward
+    model.lm.lm_head.forward = lambda hidden: original(hidden) * 1.5
+    with pytest.raises(UserError, match="changes its logits"):
+        model.check_head()
+
+
+def test_an_empty_prompt_is_refused(make_model):
+    with pytest.raises(UserError, match=r"task next_item.*prompt"):
+        make_model(prompt="")
