@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from userllm.contextual import ContextualLM, FusionConfig
@@ -22,11 +23,13 @@ from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
 from userllm.events import HistoryBatch
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
-from userllm.language_models.tiny import tiny_language_model
+from userllm.language_models.tiny import SAMPLE_TEXTS, tiny_language_model
 from userllm.model import encoder_for
 from userllm.tasks import TaskConfig, build_task
 
 torch.set_num_threads(1)
+settings.register_profile("patient", deadline=None)  # a shared machine may be slow
+settings.load_profile("patient")
 
 # Shared beginnings, a title that is another's beginning, two items of one title, one whose "[2]" is taken, accents.
 TITLES = [
@@ -107,12 +110,12 @@ def stored(dataset: Dataset, vocabulary: Vocabulary) -> StoredHistories:
 @pytest.fixture
 def histories(stored: StoredHistories) -> HistoryBatch:
     """Three users: 9 events, 4 events, none."""
-    return stored.batch([(3, 0, 9), (5, 0, 4), (7, 0, 0)])
+    return stored.batch([(7, 0, 9), (5, 0, 4), (8, 0, 0)])
 
 
 @cache
 def _tiny(architecture: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return tiny_language_model(architecture)
+    return tiny_language_model(architecture, [*TITLES, *SAMPLE_TEXTS])
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +161,7 @@ def make_model(
         scale: str = "residual",
         stir: bool = True,
         max_length: int = 12,
+        attend: str = "text",
         prompt: str = "What will the user watch next? A movie that they have not seen before, surely; namely",
     ) -> ContextualLM:
         lm, tokenizer = tiny_lm(architecture)
@@ -175,7 +179,7 @@ def make_model(
             lm,
             tokenizer,
             make_encoder(max_length=max_length),
-            FusionConfig(layers=layers, events=events, cross_attention=cross, perceiver=perceiver),
+            FusionConfig(layers, attend, events, cross, perceiver),  # type: ignore[arg-type]
             {name: build_task(name, task, dataset.items) for name, task in tasks.items()},
         ).eval()
         if stir:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from userllm.pipeline import Run
     from userllm.report import write_report
 
+    __version__: str
+
 __all__ = [
     "Attended",
     "Dataset",

@@ -62,7 +62,9 @@ class RunConfig:
             raise UserError("tasks is empty; give at least one task")
         encoder, split = self.encoder, self.split
         if encoder.width % encoder.heads:
-            raise UserError(f"encoder.width {encoder.width} is not a multiple of encoder.heads {encoder.heads}")
+            raise UserError(
+                f"encoder.width {encoder.width} is not a multiple of encoder.heads {encoder.heads}"
+            )
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
@@ -71,4 +73,6 @@ class RunConfig:
             if (batch.events is None) == (batch.sequences is None):
                 raise UserError("pretrain.batch: give either events or sequences, and null for the other")
             if batch.events is not None and batch.events < longest:
-                raise UserError(f"pretrain.batch.events {batch.events} cannot hold one history of {longest} events")
+                raise UserError(
+                    f"pretrain.batch.events {batch.events} cannot hold one history of {longest} events"
+                )

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -109,7 +110,7 @@ class ContextualLM(nn.Module):
         )
         self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
         self._lower: dict[str, LowerStates] = {}
-        self._prompts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
 
     def train(self, mode: bool = True) -> ContextualLM:
@@ -117,6 +118,13 @@ class ContextualLM(nn.Module):
         super().train(mode)
         if self.lm_is_frozen:
             self.lm.eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContextualLM:
+        """Behind ``to``, ``double`` and so on: the answers follow the LM to its device, stored states are dropped."""
+        super()._apply(fn, recurse)
+        self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
+        self.forget_lower_states()
         return self
 
     # ---- users ----------------------------------------------------------------------------------------------------
@@ -151,31 +159,43 @@ class ContextualLM(nn.Module):
             with self.conditioned(users):
                 yield
 
+    @property
+    def window(self) -> int:
+        """How many of a history's latest events the LM can attend to."""
+        return min(self.config.events, self.encoder.max_length)
+
     # ---- closed answers -------------------------------------------------------------------------------------------
 
     def answer_log_likelihood(self, task: str, answers: Tensor, users: UserContext | None) -> Tensor:
-        """Log-likelihood [E], in nats, of one given answer [E] per user (no user: the base LM), teacher-forced."""
-        texts, rows, children, log_p = self._choices(task, answers, users)
-        taken = self.answers[task].chosen(log_p, children, rows, texts.child)
-        return torch.zeros(len(answers), device=taken.device).index_add(0, texts.row, taken)
+        """Log-likelihood [E], in nats, of given answers [E], teacher-forced.
+
+        users: one per answer, one for all, or None for the base LM.
+        """
+        return -self.answer_losses(task, answers, users)[0]
 
     def answer_losses(
-        self, task: str, answers: Tensor, users: UserContext, teacher: Tensor | None = None
+        self, task: str, answers: Tensor, users: UserContext | None, teacher: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Negative log-likelihood [E] of the answers, and the cross-entropy [E] against a teacher's distribution.
 
         teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
-        node's children is compared with the teacher's (ours).
+        node's children is compared with the teacher's (ours). Answers are read in groups of like length: most need a
+        token or two before they are the only one left, a few need many.
         """
         closed = self.answers[task]
-        texts, rows, children, log_p = self._choices(task, answers, users)
-        zeros = torch.zeros(len(answers), device=log_p.device)
-        taken = closed.chosen(log_p, children, rows, texts.child)
-        nll = zeros.index_add(0, texts.row, -taken)
-        if teacher is None:
-            return nll, None
-        mass = closed.child_masses(texts.node, rows, children, teacher[texts.row])
-        return nll, zeros.index_add(0, texts.row[rows], -mass * log_p)
+        nll = torch.zeros(len(answers), device=answers.device)
+        taught = torch.zeros_like(nll)
+        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
+        for group in torch.unique(group_of):
+            part = torch.nonzero(group_of == group)[:, 0]
+            mine = users.select(part) if users is not None and len(users.tokens) == len(answers) else users
+            texts, rows, children, log_p = self._choices(task, answers[part], mine)
+            taken = closed.chosen(log_p, children, rows, texts.child)
+            nll = nll.index_add(0, part[texts.row], -taken)
+            if teacher is not None:
+                mass = closed.child_masses(texts.node, rows, children, teacher[part][texts.row])
+                taught = taught.index_add(0, part[texts.row[rows]], -mass * log_p)
+        return nll, None if teacher is None else taught
 
     def rank_answers(
         self,
@@ -192,8 +212,10 @@ class ContextualLM(nn.Module):
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""
+        if users is not None and len(users.tokens) != 1:
+            raise ValueError(f"all answers are scored for one user at a time, not for {len(users.tokens)}")
         everything = torch.arange(len(self.answers[task]), device=self.answers[task].prompt_ids.device)
-        order = torch.argsort(self.answers[task]._last, stable=True)  # alike lengths together
+        order = torch.argsort(self.answers[task].reach, stable=True)  # alike lengths together
         scores = torch.empty(len(everything), device=everything.device)
         with torch.no_grad():
             for part in everything[order].split(batch):
@@ -225,29 +247,29 @@ class ContextualLM(nn.Module):
         replayed: layers below the first fused one will be replayed, so all they need is a stand-in of the right length.
         """
         prompt = self.answers[task].prompt_ids[:-1]
-        pairs = self._prompts.get(task) or self._read_without_user(prompt[None])
-        cache = DynamicCache(config=self.lm.config)
-        stand_in = torch.zeros(rows, 1, len(prompt), 1, device=prompt.device)
-        for index, (layer, (keys, values)) in enumerate(zip(cache.layers, pairs, strict=True)):
-            if replayed and index < self.attachment.first:
-                layer.update(stand_in, stand_in)
-            else:
-                layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))
+        stored = self._prompts[task] if task in self._prompts else self._read_without_user(prompt[None])
+        # layers are copied whole: one of sliding attention holds fewer tokens than it has read, and has to know both
+        cache = copy.copy(stored)
+        cache.layers = [copy.copy(layer) for layer in stored.layers]
+        if replayed:
+            for layer in cache.layers[: self.attachment.first]:
+                assert layer.keys is not None
+                layer.keys = layer.values = torch.zeros(1, 1, layer.keys.shape[2], 1, device=prompt.device)
+        cache.batch_repeat_interleave(rows)
         return cache
 
     def read_prefix(self, input_ids: Tensor, copies: int = 1) -> DynamicCache:
         """A cache of texts [R, T] read without a user, each repeated ``copies`` times (beams), to generate on from."""
-        cache = DynamicCache(config=self.lm.config)
-        for layer, (keys, values) in zip(cache.layers, self._read_without_user(input_ids), strict=True):
-            layer.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0))
+        cache = self._read_without_user(input_ids)
+        cache.batch_repeat_interleave(copies)
         return cache
 
-    def _read_without_user(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values per layer of texts [R, T], read by the base LM."""
+    def _read_without_user(self, input_ids: Tensor) -> DynamicCache:
+        """Keys and values of texts [R, T], read by the base LM."""
         cache = DynamicCache(config=self.lm.config)
         with self.without_user():
             self._hidden(input_ids, None, cache)
-        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+        return cache
 
     def _hidden(self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
         """Last hidden states [R, T, D]. Texts are padded on the right, so no position sees padding."""
@@ -259,8 +281,10 @@ class ContextualLM(nn.Module):
 
     def _closed_answers(self, task: ClosedTask) -> ClosedAnswers:
         tree = PrefixTree.from_texts(task.answers, self.tokenizer)
-        prompt = self.tokenizer(task.config.prompt, add_special_tokens=True, return_tensors="pt")["input_ids"]
-        return ClosedAnswers(prompt[0].to(self.lm.device), tree, task.config.normalization)  # type: ignore[union-attr]
+        prompt = self.tokenizer(task.config.prompt, add_special_tokens=True)["input_ids"]
+        if not prompt:
+            raise UserError(f"task {task.name}: its prompt is empty; the language model needs at least one token")
+        return ClosedAnswers(torch.tensor(prompt, device=self.lm.device), tree, task.config.normalization)
 
     # ---- states below the first fused layer -----------------------------------------------------------------------
 
@@ -284,12 +308,12 @@ class ContextualLM(nn.Module):
             inner = torch.zeros_like(needed)
             inner[tree.parent[1:][needed[1:]]] = True
             # the answers whose texts end on a needed node that no other needed node goes through
-            last = tree.paths.gather(1, closed._last[:, None])[:, 0]
+            last = tree.paths.gather(1, closed.reach[:, None])[:, 0]
             ends = torch.unique(last[~inner[last]]) if bool((~inner[last]).any()) else last[:1]
             position = torch.full((len(tree.token),), -1, dtype=torch.long, device=row.device)
             position[last] = torch.arange(len(last), device=row.device)
             chosen = position[ends]
-            chosen = chosen[torch.argsort(closed._last[chosen])]
+            chosen = chosen[torch.argsort(closed.reach[chosen])]
             nodes = torch.empty(int(needed.sum()), self.lm.config.get_text_config().hidden_size, device=row.device)
             nodes = nodes.to(self.lm.dtype)
             prompt = len(closed.prompt_ids) - 1

@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,12 +108,16 @@ class UserLLM(ContextualLM):
         """The k best answers to a closed task, best first: for one user, or one list per user.
 
         Unknown items in a history are named in a warning. ``beams`` defaults to max(k, 20). Raises UserError for an
-        unknown task or k < 1.
+        unknown task, k < 1 or beams < 1.
         """
         histories = [history] if isinstance(history, UserHistory) else list(history)
         asked = self._task(task)
         if k < 1:
             raise UserError(f"k is {k}; ask for at least one answer")
+        if beams is not None and beams < 1:
+            raise UserError(f"beams is {beams}; the search needs at least one")
+        if not histories:
+            return []
         self.eval()
         with torch.no_grad():
             users = self.context(self._batch(histories))
@@ -159,7 +165,10 @@ class UserLLM(ContextualLM):
                 raise UserError(f"{self.reference.name} has no chat template; ask without chat")
             message = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        inputs = self.tokenizer(str(text), return_tensors="pt").to(self.lm.device)
+        # a chat template writes its own special tokens
+        inputs = self.tokenizer(str(text), add_special_tokens=not chat, return_tensors="pt").to(self.lm.device)
+        if inputs["input_ids"].shape[1] == 0:
+            raise UserError("the prompt is empty; the language model needs at least one token")
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
@@ -168,13 +177,17 @@ class UserLLM(ContextualLM):
             top_k=0 if do_sample else 50,
             top_p=1.0,
             eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
         users = None if history is None else self.context(self._batch([history]))
         if self.config.attend == "answer" and inputs["input_ids"].shape[1] > 1:
             inputs["past_key_values"] = self.read_prefix(inputs["input_ids"][:, :-1], num_beams)
-        with self._conditioned_or_not(users):
-            output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
+        try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
+            with self._conditioned_or_not(users):
+                output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        finally:
+            self.lm.generation_config = shipped
         new = output[0, inputs["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
@@ -233,7 +246,7 @@ class UserLLM(ContextualLM):
         as a Hugging Face folder. The folder appears whole or not at all; an earlier model in it is replaced.
         """
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        if folder.exists() and any(folder.iterdir()) and not (folder / "fusion.safetensors").is_file():
             raise UserError(f"{folder}: exists and holds no model; choose another folder or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -254,7 +267,7 @@ class UserLLM(ContextualLM):
                 "created_by": f"userllm {_version()}",
                 "strategy": self.strategy,
                 "lm": {
-                    "name": self.reference.name,
+                    "name": _where(self.reference),
                     "source": self.reference.source,
                     "sha256": self.reference.sha256,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
@@ -280,11 +293,13 @@ class UserLLM(ContextualLM):
         file = folder / "config.json"
         if not file.is_file():
             raise UserError(f"{folder}: no model there (no config.json); give the folder save_pretrained wrote")
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if saved.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{file}: format_version is {saved.get('format_version')}, this userllm reads {FORMAT_VERSION}")
-        import polars as pl
-
+        try:
+            saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            version = saved["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not written by save_pretrained ({error})") from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
         strategy: Strategy = saved["strategy"]
         where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
         base, tokenizer, reference = load(LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"]))
@@ -294,13 +309,16 @@ class UserLLM(ContextualLM):
                 f"sha256 {reference.sha256[:12]}...; give the original language model"
             )
         adapter = Adapter.load(base, folder / "adapter") if strategy == "lora" else None
-        items = pl.read_parquet(folder / "items.parquet")
+        try:
+            items = pl.read_parquet(folder / "items.parquet")
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise UserError(f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again") from error
         collator = HistoryCollator(items, Vocabulary.load(folder / "vocabulary.json"))
         encoder = AutoregressiveConfig(**saved["encoder"]).build([FieldShape(**f) for f in saved["fields"]])
-        encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+        _fill(encoder.state_dict(), folder / "encoder.safetensors")
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter)
-        model._load_fusion_weights(folder / "fusion.safetensors")
+        _fill(model._fusion_weights(), folder / "fusion.safetensors")
         model.requires_grad_(False)
         return model.eval()
 
@@ -309,16 +327,6 @@ class UserLLM(ContextualLM):
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights
-
-    def _load_fusion_weights(self, file: Path) -> None:
-        weights, own = load_file(file), self._fusion_weights()
-        for name in sorted(set(weights) | set(own)):
-            have = tuple(weights[name].shape) if name in weights else "absent"
-            need = tuple(own[name].shape) if name in own else "absent"
-            if have != need:
-                raise UserError(f"{file}: {name} is {have}, this encoder and language model need {need}")
-        for name, value in weights.items():
-            own[name].data.copy_(value)
 
 
 def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
@@ -330,14 +338,33 @@ def _save(weights: Mapping[str, Tensor], file: Path) -> None:
     save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
 
 
+def _fill(own: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a file's weights into a model's own. Raises UserError where the file is damaged or does not fit."""
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); save the model again") from error
+    for name in sorted(set(weights) | set(own)):
+        have = tuple(weights[name].shape) if name in weights else "absent"
+        need = tuple(own[name].shape) if name in own else "absent"
+        if have != need:
+            raise UserError(f"{file}: {name} is {have}, this encoder and language model need {need}")
+    for name, value in weights.items():
+        own[name].copy_(value)
+
+
+def _where(lm: ResolvedLM) -> str:
+    """The LM's name; of a local folder its full path, so that the model can be loaded from anywhere."""
+    return str(lm.folder.resolve()) if Path(lm.name).expanduser() == lm.folder else lm.name
+
+
 def _fusion(raw: dict[str, Any]) -> FusionConfig:
     perceiver = raw["perceiver"]
-    return FusionConfig(
-        layers=raw["layers"],
-        events=raw["events"],
-        cross_attention=CrossAttentionConfig(**raw["cross_attention"]),
-        perceiver=None if perceiver is None else PerceiverConfig(**perceiver),
-    )
+    parts = {
+        "cross_attention": CrossAttentionConfig(**raw["cross_attention"]),
+        "perceiver": None if perceiver is None else PerceiverConfig(**perceiver),
+    }
+    return FusionConfig(**(raw | parts))
 
 
 def _version() -> str:

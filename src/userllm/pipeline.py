@@ -188,9 +188,10 @@ class Run:
         except UserError:
             weights = {}  # a Perceiver stands between: the report says that no weights were recorded
         shown = list(history.events)[-20:]
+        window = self.split.visible(model.window)
         answers = {}
         for name, closed in model.tasks.items():
-            truth = int(closed.targets(self.dataset, np.array([user]), np.array([stop]), model.config.events)[0])
+            truth = int(closed.targets(self.dataset, np.array([user]), np.array([stop]), window)[0])
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
                 "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],

@@ -1,8 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from userllm import UserError, load_config
+from userllm.cli import main
+from userllm.cli.configuration import describe_settings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -19,7 +22,9 @@ def test_every_shipped_configuration_is_one(file):
 
 
 def test_overrides_are_read_as_yaml():
-    config, plain = load_config(None, ["evaluation.users=null", "data.fields=[item, rating]", "lm.name=a/b", "pretrain=null"])
+    config, plain = load_config(
+        None, ["evaluation.users=null", "data.fields=[item, rating]", "lm.name=a/b", "pretrain=null"]
+    )
     assert config.evaluation.users is None
     assert config.data.fields == ["item", "rating"]
     assert config.lm.name == "a/b"
@@ -38,3 +43,34 @@ def test_the_papers_protocol():
     assert config.fusion.layers == "all"
     assert {t.normalization for t in config.tasks.values()} == {"vocabulary"}
     assert {t.teacher for t in config.tasks.values()} == {0.0}
+
+
+def test_the_listed_settings_are_the_defaults():
+    _, plain = load_config(None)
+    listed = {
+        name.replace("tasks.NAME", "tasks.next_item"): default for name, default, _ in describe_settings()
+    }
+    found = dict(leaves(plain))
+    assert {name: json.loads(listed[name]) for name in found} == found
+    assert all(meaning for name, _, meaning in describe_settings() if name != "pretrain.batch")
+
+
+def leaves(values, prefix=""):
+    """(dotted name, value) of nested plain values."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def test_settings_of_one_group(capsys):
+    assert main(["settings", "split"]) == 0
+    assert 'split.kind = "leave_last_out"\n' in capsys.readouterr().out
+    assert main(["settings", "spilt"]) == 2
+
+
+@pytest.mark.parametrize(("given", "kept"), [("pretrain.batch.pool=3", 4096), ("pretrain.patience=1", 4096)])
+def test_setting_one_of_a_group_keeps_the_others(given, kept):
+    config, _ = load_config(None, [given])
+    assert config.pretrain is not None and config.pretrain.batch.events == kept

@@ -36,7 +36,9 @@ def test_the_default_folder(userllm, finished, tmp_path):
     assert (tmp_path / "data/movielens/card.json").is_file()
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["data", "prepare"], ["recommend"], ["generate"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["data", "prepare"], ["recommend"], ["generate"], ["report"]]
+)
 def test_help(command, capsys):
     from userllm.cli import main
 

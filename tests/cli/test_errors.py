@@ -32,7 +32,10 @@ def replace_line(path, number, line):
 
 
 DAMAGE = {
-    "a field is missing": (lambda raw: replace_line(raw / "ratings.dat", 3, b"1::364::978300060"), "ratings.dat line 3: "),
+    "a field is missing": (
+        lambda raw: replace_line(raw / "ratings.dat", 3, b"1::364::978300060"),
+        "ratings.dat line 3: ",
+    ),
     "a field is empty": (
         lambda raw: replace_line(raw / "ratings.dat", 9, b"2::::4::978300000"),
         "ratings.dat line 9: item is missing",
@@ -71,7 +74,9 @@ def test_a_truncated_zip(userllm, raw, tmp_path):
         for name in ("movies.dat", "ratings.dat"):
             file.write(raw / name, f"ml-1m/{name}")
     cut(archive, archive.stat().st_size - 200)
-    said = userllm("data", "prepare", "movielens", "--path", archive, "--out", tmp_path / "tiny", cwd=tmp_path)
+    said = userllm(
+        "data", "prepare", "movielens", "--path", archive, "--out", tmp_path / "tiny", cwd=tmp_path
+    )
     assert f"{archive}: truncated or damaged zip" in said.error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ml.zip", "raw"]
 
@@ -140,7 +145,9 @@ def test_an_unknown_key_in_the_file(userllm, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("content", "expected"), [("a: [", "not YAML"), ("- 1\n", "is a list"), (None, "no such")])
+@pytest.mark.parametrize(
+    ("content", "expected"), [("a: [", "not YAML"), ("- 1\n", "is a list"), (None, "no such")]
+)
 def test_a_file_that_is_no_configuration(content, expected, userllm, tmp_path):
     if content is not None:
         (tmp_path / "c.yaml").write_text(content)
@@ -181,7 +188,10 @@ def test_a_language_model_without_tokenizer(userllm, finished, tmp_path):
         (["recommend", "runs/demo", "--user", "1", "-k", "few"], "argument -k: invalid int value: 'few'"),
         (["recommend", "runs/demo", "--user", "1", "--task", "review"], "it knows next_item, favorite_genre"),
         (["generate", "runs/demo", "--user", "1"], "--prompt"),
-        (["generate", "runs/demo", "--user", "1", "--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (
+            ["generate", "runs/demo", "--user", "1", "--prompt", "Hi", "--max-new-tokens", "0"],
+            "--max-new-tokens is 0",
+        ),
         (["generate", "runs/demo", "--user", "1", "--prompt", "Hi", "--chat"], "no chat template"),
     ],
 )

@@ -51,7 +51,13 @@ def test_the_resolved_configuration_is_a_configuration_of_the_same_run(userllm):
 
 
 def test_one_stage_does_what_it_needs_and_no_more(userllm, tmp_path, finished):
-    said = userllm("pretrain", finished / "config.yaml", f"data.path={finished / 'raw'}", "pretrain.epochs=1", cwd=tmp_path)
+    said = userllm(
+        "pretrain",
+        finished / "config.yaml",
+        f"data.path={finished / 'raw'}",
+        "pretrain.epochs=1",
+        cwd=tmp_path,
+    )
     assert said.code == 0
     assert (tmp_path / "runs/demo/pretrain/encoder/encoder.safetensors").is_file()
     assert not (tmp_path / "runs/demo/contextualize").exists()

@@ -37,7 +37,10 @@ def test_without_times_the_file_has_the_order(tmp_path):
         ([{"item": True}], "event 1: item is true"),
         ([{"item": "a", "time": "1995"}], 'event 1: time is "1995", not whole seconds'),
         ([{"item": "a", "time": 1}, {"item": "b"}], "event 2: time is missing; give it for every event"),
-        ([{"item": "a", "ratings": 3}], "event 1: unknown field 'ratings'; an event may have item, time, rating"),
+        (
+            [{"item": "a", "ratings": 3}],
+            "event 1: unknown field 'ratings'; an event may have item, time, rating",
+        ),
         ([{"item": "a", "rating": [3]}], r"event 1: rating is \[3\]"),
     ],
 )

@@ -52,7 +52,8 @@ class TableLM:
 def make_head(seed=0):
     generator = torch.Generator().manual_seed(seed)
     output = nn.Linear(WIDTH, END + 1)
-    output.weight.data = torch.randn(END + 1, WIDTH, generator=generator)
+    for weight in (output.weight, output.bias):
+        weight.data = torch.randn(weight.shape, generator=generator)
     return LogitHead(output.requires_grad_(False), None)
 
 

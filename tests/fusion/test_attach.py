@@ -154,7 +154,7 @@ def test_a_batch_of_users_equals_one_at_a_time(make_model, histories):
 @pytest.mark.parametrize("padding", [0, 1, 3])
 def test_padding_of_histories_does_not_matter(make_model, stored, histories, padding):
     model = make_model()
-    longer = stored.batch([(3, 0, 9), (5, 0, 4), (7, 0, 0), (4, 0, 9 + padding)])
+    longer = stored.batch([(7, 0, 9), (5, 0, 4), (8, 0, 0), (4, 0, 9 + padding)])
     if padding:  # and padding's content may be anything
         assert longer.mask.shape[1] == 9 + padding
         for ids in longer.fields.values():

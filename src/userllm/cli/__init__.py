@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from userllm.cli import contextualize, data, evaluate, generate, pretrain, recommend, report, run
+from userllm.cli import contextualize, data, evaluate, generate, pretrain, recommend, report, run, settings
 from userllm.errors import UserError
 
 DESCRIPTION = "Gives a language model a sense of who it is talking to: user embeddings, cross-attended."
 EPILOG = """\
 first steps:
   userllm run configs/demo.yaml                      everything, from raw data to runs/demo/report.html
-  userllm recommend runs/demo --user 1m_42           what this user will watch next, with and without the user
+  userllm recommend runs/demo --user ID              what this user will watch next, with and without the user
   userllm data inspect DIR                           what is in a prepared dataset
 
 Every command says more with --help. A command that was interrupted goes on where it stopped when it is given again.
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, data, pretrain, contextualize, evaluate, report, recommend, generate):
+    for command in (run, data, pretrain, contextualize, evaluate, report, recommend, generate, settings):
         command.add_parser(commands)
     return parser
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONFIG_NOTE = """\
 CONFIG is a YAML file; a.b=c after it sets one value of it, for example
   lm.name=Qwen/Qwen3-0.6B  fusion.layers=last:8  evaluation.users=null
-Results go to runs/<name>/ below the current folder. docs/api.md lists every setting.
+Results go to runs/<name>/ below the current folder. `userllm settings` lists them all.
 """
 HISTORY_NOTE = """\
 Whose history: either --user, a user of a prepared dataset (--data; for a run folder the run's own by default),
@@ -42,7 +42,9 @@ def add_command(commands: Any, name: str, help_text: str, note: str = "") -> arg
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG [a.b=c ...]"""
     parser.add_argument("config", type=Path, metavar="CONFIG", help="a configuration, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b=c", help="settings that differ from the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=c", help="settings that differ from the file's"
+    )
 
 
 def open_run(arguments: argparse.Namespace) -> Run:
@@ -55,7 +57,9 @@ def open_run(arguments: argparse.Namespace) -> Run:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """FOLDER, and whose history."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run folder (runs/demo) or a saved model")
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="a run folder (runs/demo) or a saved model"
+    )
     whose = parser.add_mutually_exclusive_group(required=True)
     whose.add_argument("--user", metavar="ID", help="a user of the dataset, by the raw id")
     whose.add_argument("--history", type=Path, metavar="FILE.json", help="a history in a JSON file")
@@ -64,21 +68,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
-    """The model in FOLDER and the history asked for; what can be checked without the model is checked first."""
-    folder = model_folder(arguments.folder)
-    if arguments.data is not None and arguments.user is None:
+    """The model in FOLDER and the history asked for; the inputs are looked at before the model is loaded."""
+    folder, file = model_folder(arguments.folder), arguments.history
+    if file is None:
+        history = _history_of_user(arguments)
+    elif arguments.data is not None:
         raise UserError("--data goes with --user; a history from --history needs no dataset")
-    history = None if arguments.user is None else _history_of_user(arguments)
-    if arguments.history is not None and not arguments.history.is_file():
-        raise UserError(f"{arguments.history}: no such history file")
+    else:
+        from userllm.data.history_file import read_history
+        from userllm.data.vocabulary import Vocabulary
 
-    from userllm.data.history_file import read_history
+        fields = [
+            field.name for field in Vocabulary.load(folder / "vocabulary.json") if field.level == "event"
+        ]
+        history = read_history(file, [name for name in fields if name != "item"])
+
     from userllm.model import UserLLM
 
-    model = UserLLM.from_pretrained(folder, arguments.lm)
-    if history is None:
-        history = read_history(arguments.history, [field.name for field in model.collator.event_fields])
-    return model, history
+    return UserLLM.from_pretrained(folder, arguments.lm), history
 
 
 def model_folder(folder: Path) -> Path:
@@ -88,7 +95,9 @@ def model_folder(folder: Path) -> Path:
     if (folder / "config.yaml").is_file():
         model = folder / "contextualize" / "model"
         if not (model / "config.json").is_file():
-            raise UserError(f"{folder}: this run has no model yet; finish it with `userllm run {folder}/config.yaml`")
+            raise UserError(
+                f"{folder}: this run has no model yet; finish it with `userllm run {folder}/config.yaml`"
+            )
         return model
     raise UserError(f"{folder}: neither a run folder nor a saved model (no config.json)")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -89,5 +90,28 @@ def _check_groups(given: dict[str, Any], default: Any, where: str) -> None:
         if not is_dataclass(group) or value is None:
             continue
         if not isinstance(value, dict):
-            raise UserError(f"{where}{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)")
+            raise UserError(
+                f"{where}{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)"
+            )
         _check_groups(value, group, f"{where}{name}.")
+
+
+def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name, default, meaning) of every setting in a configuration (None: ``RunConfig()``); a group's default is ""."""
+    from docstring_parser import parse_from_object
+
+    group = RunConfig() if group is None else group
+    types = get_type_hints(type(group))
+    meanings = {
+        p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(type(group)).params
+    }
+    for name in types:
+        default, meaning = getattr(group, name), meanings.get(name, "")
+        inner = next((one for one in (types[name], *get_args(types[name])) if is_dataclass(one)), None)
+        if meaning or inner is None:
+            shown = "" if inner is not None and default is not None else json.dumps(_plain(default))
+            yield f"{prefix}{name}", shown, meaning
+        if isinstance(default, dict) and inner is not None:
+            yield from describe_settings(inner(), f"{prefix}{name}.NAME.")  # type: ignore[operator]
+        elif inner is not None:
+            yield from describe_settings(default or inner(), f"{prefix}{name}.")  # type: ignore[operator]

@@ -32,9 +32,13 @@ def add_parser(commands: Any) -> None:
     prepare_parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: data/NAME)")
     prepare_parser.set_defaults(command=prepare)
 
-    inspect_parser = add_command(actions, "inspect", "print a dataset's card, a user's history, history lengths")
+    inspect_parser = add_command(
+        actions, "inspect", "print a dataset's card, a user's history, history lengths"
+    )
     inspect_parser.add_argument("folder", type=Path, metavar="DIR", help="a prepared dataset")
-    inspect_parser.add_argument("--user", metavar="ID", help="raw id (default: a user of median history length)")
+    inspect_parser.add_argument(
+        "--user", metavar="ID", help="raw id (default: a user of median history length)"
+    )
     inspect_parser.set_defaults(command=inspect)
 
 

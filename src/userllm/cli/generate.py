@@ -15,7 +15,9 @@ def add_parser(commands: Any) -> None:
     add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the model goes on from")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the LM's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens at most (default: 32)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="tokens at most (default: 32)"
+    )
     parser.set_defaults(command=run)
 
 
@@ -24,4 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {arguments.max_new_tokens}; ask for at least one")
     model, history = open_model(arguments)
-    print(model.generate(arguments.prompt, history, chat=arguments.chat, max_new_tokens=arguments.max_new_tokens))
+    print(
+        model.generate(
+            arguments.prompt, history, chat=arguments.chat, max_new_tokens=arguments.max_new_tokens
+        )
+    )

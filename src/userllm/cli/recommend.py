@@ -22,7 +22,9 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "recommend", help_text, HISTORY_NOTE)
     add_model(parser)
     parser.add_argument("-k", type=int, default=10, metavar="K", help="answers (default: 10)")
-    parser.add_argument("--task", metavar="NAME", help="a task the model was trained for (default: its first)")
+    parser.add_argument(
+        "--task", metavar="NAME", help="a task the model was trained for (default: its first)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(command=run)
 
@@ -40,12 +42,16 @@ def run(arguments: argparse.Namespace) -> None:
         listed = {side: [asdict(answer) for answer in ranking] for side, ranking in answers.items()}
         print(json.dumps({"task": task, "events": len(history), **listed}, indent=1, ensure_ascii=False))
     else:
-        print(f"{task}: {model.tasks[task].config.prompt} ...  ({len(history)} events; log-likelihoods in nats)")
+        print(
+            f"{task}: {model.tasks[task].config.prompt} ...  ({len(history)} events; log-likelihoods in nats)"
+        )
         print(_table(with_user, without_user))
 
 
 def _table(with_user: Sequence[Recommendation], without_user: Sequence[Recommendation]) -> str:
-    lines = [f"{'':>3}  {'with this user':<{TITLE_WIDTH}}  {'nats':>7}   {'without the user':<{TITLE_WIDTH}}  {'nats':>7}"]
+    lines = [
+        f"{'':>3}  {'with this user':<{TITLE_WIDTH}}  {'nats':>7}   {'without the user':<{TITLE_WIDTH}}  {'nats':>7}"
+    ]
     for rank in range(max(len(with_user), len(without_user))):
         cells = [_cell(side[rank]) if rank < len(side) else "" for side in (with_user, without_user)]
         lines.append(f"{rank + 1:>3}  {cells[0]:<{TITLE_WIDTH + 9}}   {cells[1]}".rstrip())

@@ -10,7 +10,9 @@ from userllm.cli.arguments import CONFIG_NOTE, add_command, add_config, open_run
 
 def add_parser(commands: Any) -> None:
     """Add this command."""
-    parser = add_command(commands, "run", "do all stages, from raw data to the report; skip what is done", CONFIG_NOTE)
+    parser = add_command(
+        commands, "run", "do all stages, from raw data to the report; skip what is done", CONFIG_NOTE
+    )
     add_config(parser)
     parser.set_defaults(command=run)
 

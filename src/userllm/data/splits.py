@@ -65,13 +65,13 @@ class Split:
         target = self.validation if part == "validation" else self.test
         kept = target >= 0
         users, stop = self.users[kept], target[kept]
-        limits = [
-            n
-            for n in (max_length, self.config.window if self.config.kind == "paper" else None)
-            if n is not None
-        ]
-        start = np.maximum(0, stop - min(limits)) if limits else np.zeros_like(stop)
+        length = self.visible(int(stop.max(initial=0)) if max_length is None else max_length)
+        start = np.maximum(0, stop - length)
         return np.stack([users, start, stop], axis=1)
+
+    def visible(self, events: int) -> int:
+        """How many of a history's latest ``events`` events count: under ``paper`` at most a window."""
+        return min(events, self.config.window) if self.config.kind == "paper" else events
 
     @property
     def fingerprint(self) -> str:

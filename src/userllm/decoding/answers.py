@@ -52,18 +52,24 @@ class ClosedAnswers:
         # a choice is a node with several children ("catalogue") or with any ("vocabulary")
         least = 2 if normalization == "catalogue" else 1
         self._choice = inside & (self.tree.child_count[at] >= least)
-        # the last token that must be read is the one before the last choice
+        # [N] tokens of each answer that must be read: those before its last choice
         steps = torch.arange(at.shape[1], device=at.device)
-        self._last = torch.where(self._choice, steps, 0).amax(1)
+        self.reach = torch.where(self._choice, steps, 0).amax(1)
 
     def __len__(self) -> int:
         return len(self.tree)
 
+    def to(self, device: torch.device) -> ClosedAnswers:
+        """The same answers on another device."""
+        if device == self.prompt_ids.device:
+            return self
+        return ClosedAnswers(self.prompt_ids.to(device), self.tree, self.normalization)
+
     def texts(self, answers: Tensor) -> AnswerTexts:
         """Texts for answers [E] (indices in 0..N-1), each cut after its last choice."""
         prompt, tree = len(self.prompt_ids), self.tree
-        longest = int(self._last[answers].max()) if len(answers) else 0
-        paths, last = tree.paths[answers][:, : longest + 1], self._last[answers]
+        longest = int(self.reach[answers].max()) if len(answers) else 0
+        paths, last = tree.paths[answers][:, : longest + 1], self.reach[answers]
         steps = torch.arange(longest + 1, device=paths.device)
         used = steps[None] <= last[:, None]
         nodes_at = torch.where(used, paths, -1)
@@ -90,7 +96,7 @@ class ClosedAnswers:
         tree = self.tree
         rows, children = tree.children(nodes)
         if self.normalization == "catalogue":
-            logits = head(hidden, tree.vocabulary)
+            logits = head(hidden, tree.vocabulary).float()
             return rows, children, segment_log_softmax(logits[rows, tree.column[children]], rows, len(nodes))
         log_p = torch.log_softmax(head(hidden).float(), dim=-1)
         return rows, children, log_p[rows, tree.token[children]]

@@ -61,7 +61,8 @@ def search_answers(
     score = torch.zeros(users, 1, device=device)
     hidden = state.start(answers.prompt_ids)
     if len(tree) == 1 and not whole:
-        done_answer[:, 0], done_score[:, 0] = 0, 0.0
+        allowed = torch.ones_like(node, dtype=torch.bool) if excluded is None else ~excluded
+        done_answer[:, :1], done_score[:, :1] = torch.where(allowed, 0, -1), torch.where(allowed, 0.0, -torch.inf)
         node[:] = -1
     while bool((node >= 0).any()):
         rows, children, log_p = answers.choices(hidden, node.flatten(), head)
@@ -115,9 +116,9 @@ def search_free(
     for step in range(steps):
         width = score.shape[1]
         log_p = torch.log_softmax(head(hidden).float(), dim=-1)
-        total = (score.view(-1, 1) + log_p).view(users, -1)
+        total = (score.reshape(-1, 1) + log_p).view(users, -1)
         vocabulary = log_p.shape[-1]
-        best_score, best = total.topk(2 * k, dim=1)
+        best_score, best = total.topk(min(2 * k, total.shape[1]), dim=1)
         row, token = best // vocabulary, best % vocabulary
         extended = torch.cat([sequences.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], dim=2)
         ended = token == eos if step < steps - 1 else torch.ones_like(token, dtype=torch.bool)
@@ -127,7 +128,7 @@ def search_free(
         done = torch.cat([done, padded], dim=1).gather(1, keep[..., None].expand(-1, -1, steps))
         open_score = best_score.masked_fill(ended, -torch.inf)
         open_score = open_score.masked_fill(open_score <= done_score[:, -1:], -torch.inf)
-        score, keep = open_score.topk(k, dim=1)
+        score, keep = open_score.topk(min(k, open_score.shape[1]), dim=1)
         width_next = int((score > -torch.inf).sum(1).max())
         if width_next == 0:
             break

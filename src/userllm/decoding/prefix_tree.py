@@ -73,7 +73,7 @@ class PrefixTree:
         if not answers:
             raise UserError("the catalogue of answers is empty: there is nothing to choose from")
         longest = max(map(len, answers))
-        matrix = np.full((len(answers), longest), -1, dtype=np.int64)
+        matrix = np.full((len(answers), max(longest, 1)), -1, dtype=np.int64)
         for row, tokens in enumerate(answers):
             matrix[row, : len(tokens)] = tokens
         order = np.lexsort(matrix.T[::-1])

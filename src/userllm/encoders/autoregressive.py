@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from userllm.encoders.features import FieldShape, FieldTables
+from userllm.errors import UserError
 from userllm.events import HistoryBatch
 
 
@@ -81,7 +82,10 @@ class AutoregressiveEncoder(nn.Module):
     def __init__(self, config: AutoregressiveConfig, fields: list[FieldShape]):
         super().__init__()
         if config.width % config.heads:
-            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
+            raise UserError(f"encoder.width {config.width} is not a multiple of encoder.heads {config.heads}")
+        if unknown := set(config.field_weights) - {f.name for f in fields}:
+            known = ", ".join(f.name for f in fields)
+            raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
         self.config = config
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
         self.positions = nn.Embedding(config.max_length, config.width)

@@ -25,7 +25,10 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             h, t = hidden[start : start + rows], target[start : start + rows]
             p = torch.softmax(h @ table.T, dim=-1)
             at_target = p.gather(1, t[:, None])
-            total -= at_target.clamp_min(torch.finfo(p.dtype).tiny).log().sum()
+            log_p = at_target.log()
+            if (lost := at_target[:, 0] < torch.finfo(p.dtype).tiny).any():  # too small to be told from 0
+                log_p[lost] = torch.log_softmax(h[lost] @ table.T, dim=-1).gather(1, t[lost, None])
+            total -= log_p.sum()
             if grad_hidden is not None and grad_table is not None:
                 p.scatter_(1, t[:, None], at_target - 1.0)
                 torch.mm(p, table, out=grad_hidden[start : start + rows])

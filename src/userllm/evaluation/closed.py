@@ -20,6 +20,7 @@ from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
 from userllm.events import HistoryBatch
@@ -74,6 +75,8 @@ class ClosedEvaluator:
         if config.users is not None and config.users < len(rows):
             rng = np.random.default_rng([seed, 11])
             rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
+        if len(rows) < 2:
+            raise UserError(f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users")
         self.rows = rows
         # everyone gets somebody else: a random cycle through all users
         cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
@@ -83,7 +86,7 @@ class ClosedEvaluator:
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
         task = self.model.tasks[name]
-        window = self.model.config.events
+        window = self.split.visible(self.model.window)
         targets = task.targets(self.dataset, self.rows[:, 0], self.rows[:, 2], window)
         kept = targets >= 0
         rows, targets, other = self.rows[kept], torch.from_numpy(targets[kept]), self.rows[self.other[kept]]
@@ -105,7 +108,8 @@ class ClosedEvaluator:
         else:
             counts = answer_counts(task, self.dataset, self.split, window)
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
-            systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
+            if task.config.field in self.stored.collator.vocabulary:
+                systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
         return self._entry(len(rows), systems)
 
     def _entry(self, n: int, systems: dict[str, Answered]) -> dict[str, Any]:
@@ -140,13 +144,16 @@ class ClosedEvaluator:
             users = self.model.context(batch)
             target = targets[part].to(device)
             excluded = None
+            possible = torch.full((len(target),), length)
             if isinstance(task, NextItem) and self.config.exclude_seen:
                 excluded = seen_items(self.dataset, rows[part]).to(device)
+                excluded.scatter_(1, target[:, None], False)  # a repeated item still has to be found, as in rank_of
+                possible = (~excluded).sum(1).clamp_max(length)
             found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
             hit = found.answers == target[:, None]
             ranks[part] = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
             logliks[part] = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
-            invalid += count_invalid(found.answers, len(task.answers), length)
+            invalid += count_invalid(found.answers, len(task.answers), possible)
         return Answered(ranks, logliks, invalid)
 
     def _fixed(
@@ -168,12 +175,15 @@ class ClosedEvaluator:
         return ranks
 
 
-def count_invalid(answers: Tensor, size: int, length: int) -> int:
-    """Answers [B, k] that are no catalogue item, or repeat within a user's list, or are missing from it."""
+def count_invalid(answers: Tensor, size: int, possible: Tensor) -> int:
+    """Answers [B, k] that are no catalogue item, or repeat within a user's list, or are missing from it.
+
+    possible [B]: how many answers a user's list can hold.
+    """
     invalid = 0
-    for row in answers.tolist():
+    for row, wanted in zip(answers.tolist(), possible.tolist(), strict=True):
         real = [a for a in row if 0 <= a < size]
-        invalid += length - len(set(real))
+        invalid += wanted - len(set(real))
     return invalid
 
 

@@ -31,12 +31,12 @@ def target_items(dataset: Dataset, rows: np.ndarray) -> Tensor:
 def rank_of(scores: Tensor, target: Tensor, excluded: Tensor | None = None) -> Tensor:
     """Rank [B], from 1, of each target among scores [B, N]; ``excluded`` [B, N] items take no part.
 
-    A target that is itself excluded keeps its place (a repeated item still has to be found).
+    A target that is itself excluded keeps its place (a repeated item still has to be found). A score that is not a
+    number never wins: such a target comes last, and such an item counts as ahead.
     """
     own = scores.gather(1, target[:, None])
-    better = scores > own
     earlier = torch.arange(scores.shape[1], device=scores.device)[None] < target[:, None]
-    ahead = better | ((scores == own) & earlier)
+    ahead = ~((scores < own) | ((scores == own) & ~earlier))
     if excluded is not None:
         ahead &= ~excluded
     return ahead.sum(1) + 1

@@ -46,9 +46,11 @@ class ClosedTask(ABC):
         self.answers = list(answers)
 
     @abstractmethod
-    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+    def targets(
+        self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
+    ) -> np.ndarray:
         """The right answer [E] for each example: user [E], who has had ``ends`` [E] events, of which the model sees
-        the latest ``window``. -1 where there is no right answer."""
+        the latest ``window`` (one number, or [E]). -1 where there is no right answer."""
 
 
 class NextItem(ClosedTask):
@@ -57,7 +59,9 @@ class NextItem(ClosedTask):
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
         super().__init__(name, config, distinct_texts(items["title"].to_list()))
 
-    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+    def targets(
+        self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
+    ) -> np.ndarray:
         """See the base class: the event at position ``ends``."""
         return dataset.events["item"][dataset.offsets[users] + ends].astype(np.int64)
 
@@ -83,10 +87,14 @@ class FavoriteCategory(ClosedTask):
                 if value is not None:
                     self._has[row, number[value]] = 1
 
-    def targets(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int) -> np.ndarray:
+    def targets(
+        self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
+    ) -> np.ndarray:
         """See the base class: the most frequent value among the latest ``window`` events before ``ends``."""
-        index = dataset.offsets[users][:, None] + ends[:, None] - 1 - np.arange(window)[None]
-        real = index >= dataset.offsets[users][:, None]
+        seen = np.minimum(ends, window)[:, None]
+        back = np.arange(seen.max(initial=1))[None]
+        index = dataset.offsets[users][:, None] + ends[:, None] - 1 - back
+        real = back < seen
         counts = self._has[dataset.events["item"][np.where(real, index, 0)]] * real[..., None]
         totals = counts.sum(1)
         return np.where(totals.max(1) > 0, totals.argmax(1), -1)
@@ -106,7 +114,9 @@ def distinct_texts(titles: Sequence[str]) -> list[str]:
 
 
 def build_task(name: str, config: TaskConfig, items: pl.DataFrame) -> ClosedTask:
-    """The task of a config over a catalogue."""
+    """The task of a config over a catalogue. Raises UserError for settings that do not fit its kind or the catalogue."""
+    if not 0 <= config.teacher <= (1 if config.kind == "next_item" else 0):
+        raise UserError(f"task {name}: teacher is {config.teacher}; it is in 0..1 for next_item, and 0 for other kinds")
     if config.kind == "next_item":
         return NextItem(name, config, items)
     return FavoriteCategory(name, config, items)

@@ -79,8 +79,8 @@ class ExampleBatches(StepBatches):
     ):
         super().__init__(config.steps)
         self.model_tasks = model.tasks
-        self.window = model.config.events
-        self.longest = model.encoder.max_length
+        self.window = split.visible(model.window)
+        self.longest = split.visible(model.encoder.max_length)
         self.dataset, self.split, self.stored, self.config, self.seed = dataset, split, stored, config, seed
         self.usable = np.flatnonzero(split.train_end > split.first_target)
 
@@ -109,12 +109,13 @@ class ExampleBatches(StepBatches):
             tasks += list(rng.choice(len(names), size=len(targets), p=weights / weights.sum()))
         row_of, end_of = np.array(rows), np.array(ends)
         user_of, task_of = np.array(users), np.array(tasks)
+        begins = np.array([begin for _, begin, _ in spans])
+        seen = np.minimum(end_of - begins[row_of], self.window)
         answers = np.full(len(row_of), -1)
         for number, name in enumerate(names):
             mine = task_of == number
-            answers[mine] = self.model_tasks[name].targets(self.dataset, user_of[mine], end_of[mine], self.window)
+            answers[mine] = self.model_tasks[name].targets(self.dataset, user_of[mine], end_of[mine], seen[mine])
         keep = answers >= 0
-        begins = np.array([begin for _, begin, _ in spans])
         examples = Examples(
             histories=self.stored.batch(spans),
             rows=torch.from_numpy(row_of[keep]),

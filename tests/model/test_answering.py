@@ -1,0 +1,224 @@
+"""What a person asks of a model: recommend, generate, encode, explain; for any history."""
+
+import warnings
+
+import pytest
+import torch
+
+from userllm.errors import UserError
+from userllm.events import Event, UserHistory
+from userllm.fusion.perceiver import PerceiverConfig
+
+
+@pytest.fixture(scope="module")
+def model(make_user_llm):
+    return make_user_llm()
+
+
+def plain(recommendations):
+    return [(r.item, r.title) for r in recommendations]
+
+
+def scores(recommendations):
+    return [r.log_likelihood for r in recommendations]
+
+
+@pytest.mark.parametrize("task", ["next_item", "favorite_genre"])
+@pytest.mark.parametrize("attend", ["text", "answer"])
+def test_a_batch_equals_one_at_a_time(make_user_llm, dataset, task, attend):
+    model = make_user_llm(attend=attend)
+    histories = [dataset.history(7), dataset.history(2, 0, 1), UserHistory([]), dataset.history(4)]
+    together = model.recommend(histories, 4, task=task)
+    for history, mine in zip(histories, together, strict=True):
+        alone = model.recommend(history, 4, task=task)
+        assert plain(alone) == plain(mine)
+        assert scores(alone) == pytest.approx(scores(mine), abs=1e-4)
+    assert model.recommend([], 4, task=task) == []
+
+
+def test_recommendations_are_the_catalogues_best_unseen(model, dataset):
+    history = dataset.history(7, 0, 9)
+    users = model.context(model.collator.from_histories([history], max_length=8)[0])
+    log_likelihoods = model.all_log_likelihoods("next_item", users)
+    seen = {event.item for event in history.events}
+    best = [n for n in log_likelihoods.argsort(descending=True).tolist() if dataset.items["id"][n] not in seen]
+    found = model.recommend(history, 20)
+    assert [r.item for r in found] == [dataset.items["id"][n] for n in best]
+    assert [r.title for r in found] == [model.tasks["next_item"].answers[n] for n in best]
+    assert scores(found) == pytest.approx(log_likelihoods[best].tolist(), abs=1e-4)
+    everything = model.recommend(history, 99, exclude_seen=False)
+    assert {r.item for r in everything} == set(dataset.items["id"])
+    assert len(everything) == 20
+
+
+def test_nothing_is_left_for_who_has_seen_everything(model, dataset):
+    history = UserHistory([Event(item) for item in dataset.items["id"]])
+    assert model.recommend(history, 5) == []
+    assert len(model.recommend(history, 5, exclude_seen=False)) == 5
+
+
+def test_without_a_user_is_the_base_lm(model, dataset):
+    nobody = model.recommend_without_user(20)
+    empty = model.recommend(UserHistory([]), 20)
+    assert plain(nobody) == plain(empty)
+    assert scores(nobody) == pytest.approx(scores(empty), abs=1e-4)
+
+
+def test_unknown_items_are_named_once_and_keep_their_place(model, dataset):
+    known = dataset.history(7, 0, 4)
+    strange = UserHistory([*known.events, Event("m999"), Event("Solaris (1972)"), Event("m999")])
+    with pytest.warns(UserWarning, match=r"unknown: m999, Solaris \(1972\)$"):
+        found = model.recommend(strange, 3)
+    assert len(found) == 3
+    with pytest.warns(UserWarning, match="unknown: m999"):
+        assert model.encode(strange).shape == (7, 16)
+    with pytest.warns(UserWarning, match="a, b, c, d, e and 2 more"):
+        model.encode(UserHistory([Event(name) for name in "abcdefg"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.recommend(known, 3)
+
+
+def test_an_item_may_be_named_by_its_title(model):
+    by_id = UserHistory([Event("m3"), Event("m0")])
+    by_title = UserHistory([Event("Heat (1995)"), Event("Toy Story (1995)")])
+    assert model.recommend(by_id, 5) == model.recommend(by_title, 5)
+    assert [a.title for a in model.explain(by_id)] == ["Heat (1995)", "Toy Story (1995)"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 8, 9, 300])
+def test_histories_of_any_length(model, dataset, length):
+    events = [Event(f"m{n % 20}", fields={"rating": 1 + n % 5}) for n in range(length)]
+    history = UserHistory(events)
+    assert len(model.recommend(history, 3, exclude_seen=False)) == 3
+    assert model.encode(history).shape == (min(length, 8), 16)
+    assert isinstance(model.generate("The user likes", history, max_new_tokens=3), str)
+    latest = UserHistory(events[-8:])
+    assert model.recommend(history, 3, exclude_seen=False) == model.recommend(latest, 3, exclude_seen=False)
+    attended = model.explain(history)
+    assert [a.event for a in attended] == events[-5:] if length else attended == []
+
+
+def test_embeddings_are_the_encoders(model, dataset, stored):
+    history = dataset.history(7, 0, 6)
+    with torch.no_grad():
+        expected = model.encoder(stored.batch([(7, 0, 6)]))[0]
+    torch.testing.assert_close(model.encode(history), expected)
+
+
+@pytest.mark.parametrize("attend", ["text", "answer"])
+@pytest.mark.parametrize("task", ["next_item", "favorite_genre"])
+def test_explained_weights_sum_to_one_over_the_events_seen(make_user_llm, dataset, attend, task):
+    model = make_user_llm(attend=attend)
+    for stop in (1, 3, 5, 12):
+        attended = model.explain(dataset.history(7, 0, stop), task=task)
+        assert len(attended) == min(stop, 5)
+        assert sum(a.weight for a in attended) == pytest.approx(1, abs=1e-5)
+        assert all(a.weight > 0 for a in attended)
+    shut = make_user_llm(attend=attend)
+    for block in shut.attachment.blocks.values():
+        block.gate.data.zero_()
+    assert sum(a.weight for a in shut.explain(dataset.history(7))) == pytest.approx(1, abs=1e-5)
+
+
+def test_explained_weights_are_of_the_prompts_last_token(make_user_llm, dataset, stored):
+    model = make_user_llm(layers="last:1")
+    block, seen = model.attachment.blocks[3], []
+    hook = block.register_forward_pre_hook(lambda _block, args: seen.append(args))
+    attended = model.explain(dataset.history(7, 0, 4))
+    hook.remove()
+    hidden, keys, _, mask = seen[0]
+    query = block.query(block.text_norm(hidden[0, -1])).view(2, 8)
+    logits = torch.einsum("hd,hmd->hm", query, keys[0]) / 8**0.5
+    expected = torch.softmax(logits[:, mask[0]], -1).mean(0).tolist()
+    assert [a.weight for a in attended] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_perceiver_cannot_be_explained(make_user_llm, dataset):
+    model = make_user_llm(perceiver=PerceiverConfig(latents=2, layers=1, heads=2))
+    with pytest.raises(UserError, match="a Perceiver mixes events"):
+        model.explain(dataset.history(7))
+
+
+def test_questions_that_cannot_be_answered(model, dataset):
+    history = dataset.history(7)
+    with pytest.raises(UserError, match="not trained for a task 'mood'; it knows next_item, favorite_genre"):
+        model.recommend(history, task="mood")
+    with pytest.raises(UserError, match="k is 0"):
+        model.recommend(history, 0)
+    with pytest.raises(UserError, match="beams is 0"):
+        model.recommend(history, 3, beams=0)
+    with pytest.raises(UserError, match="prompt is empty"):
+        model.generate("", history)
+
+
+def by_hand(model, prompt, users, tokens, attend):
+    """Greedy decoding by full forward passes; with "answer", blocks only act from the prompt's last token on."""
+    ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    before = ids.shape[1] - 1 if attend == "answer" else 0
+    hooks = [
+        block.register_forward_hook(lambda _b, args, out: torch.cat([args[0][:, :before], out[:, before:]], 1))
+        for block in model.attachment.blocks.values()
+    ]
+    for _ in range(tokens):
+        with torch.no_grad(), model.conditioned(users):
+            ids = torch.cat([ids, model.lm(ids).logits[:, -1:].argmax(-1)], 1)
+    for hook in hooks:
+        hook.remove()
+    return model.tokenizer.decode(ids[0, -tokens:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("attend", ["text", "answer"])
+@pytest.mark.parametrize("lm", ["tiny-random-llama", "tiny-random-gemma3", "tiny-random-gpt2"])
+def test_generation_is_greedy_and_about_the_user(make_user_llm, dataset, attend, lm):
+    model = make_user_llm(attend=attend, lm=lm)
+    model.lm.get_output_embeddings().weight.data[model.tokenizer.eos_token_id] = 0
+    history = dataset.history(7, 0, 6)
+    prompt = "What will the user watch next? Star Wars: Episode IV - A New Hope"
+    users = model.context(model.collator.from_histories([history])[0])
+    found = model.generate(prompt, history, max_new_tokens=6)
+    assert found == by_hand(model, prompt, users, 6, attend)
+    assert isinstance(model.generate("Z", history, max_new_tokens=4, num_beams=3), str)
+    beams = model.generate(prompt, history, max_new_tokens=6, num_beams=3)
+    assert beams == model.generate(prompt, history, max_new_tokens=6, num_beams=3)
+    torch.manual_seed(0)
+    sampled = {model.generate(prompt, history, max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(5)}
+    assert len(sampled) > 1
+
+
+def test_the_lms_own_generation_config_is_not_consulted(make_user_llm, dataset):
+    model = make_user_llm()
+    history = dataset.history(7)
+    expected = model.generate("The user likes", history, max_new_tokens=8)
+    shipped = model.lm.generation_config
+    shipped.repetition_penalty = 9.0
+    shipped.do_sample, shipped.temperature = True, 5.0
+    shipped.suppress_tokens = list(range(6, len(model.tokenizer)))
+    assert model.generate("The user likes", history, max_new_tokens=8) == expected
+    assert model.lm.generation_config is shipped
+
+
+def test_chat_uses_the_template_as_it_is(make_user_llm, dataset, monkeypatch):
+    model = make_user_llm()
+    with pytest.raises(UserError, match="no chat template"):
+        model.generate("Hello", dataset.history(7), chat=True)
+    tokenizer = model.tokenizer
+    template = "<bos>{% for message in messages %}{{ message['content'] }}{% endfor %} Answer:"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    seen = []
+    original = model.lm.generate
+    monkeypatch.setattr(model.lm, "generate", lambda **kw: seen.append(kw["input_ids"]) or original(**kw))
+    text = "<bos>Hello Answer:"
+    model.generate("Hello", dataset.history(7), chat=True, max_new_tokens=1)
+    assert seen[0][0].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    # a tokenizer that begins every text with <bos> must not do so twice
+    begins = lambda text, add_special_tokens=True, **kw: type(tokenizer).__call__(  # noqa: E731
+        tokenizer, "<bos>" * add_special_tokens + text, add_special_tokens=False, **kw
+    )
+    spoken = type("Spoken", (), {"__call__": lambda self, *a, **kw: begins(*a, **kw)})()
+    monkeypatch.setattr(
+        type(spoken), "__getattr__", lambda self, name: getattr(tokenizer, name), raising=False
+    )
+    monkeypatch.setattr(model, "tokenizer", spoken)
+    model.generate("Hello", dataset.history(7), chat=True, max_new_tokens=1)
+    assert seen[1].tolist() == seen[0].tolist()

@@ -1,0 +1,84 @@
+"""Who should get which answer, counted anew in plain Python; and distinct texts."""
+
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from userllm.errors import UserError
+from userllm.tasks import FavoriteCategory, NextItem, TaskConfig, build_task
+from userllm.tasks.base import distinct_texts
+
+
+def examples(dataset):
+    return np.array([(u, e) for u in range(dataset.num_users) for e in range(1, dataset.lengths[u])]).T
+
+
+def test_next_item_is_the_event_at_the_position(dataset):
+    task = NextItem("next", TaskConfig(), dataset.items)
+    users, ends = examples(dataset)
+    for user, end, target in zip(users, ends, task.targets(dataset, users, ends, 5), strict=True):
+        assert dataset.items["id"][int(target)] == dataset.history(user, end, end + 1).events[0].item
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_favorite_category_is_the_most_frequent_value_the_first_in_the_alphabet_wins(dataset, window):
+    task = build_task("genre", TaskConfig(kind="favorite_category"), dataset.items)
+    assert task.answers == ["Action", "Comedy", "Drama", "Sci-Fi"]
+    users, ends = examples(dataset)
+    genres = dict(zip(dataset.items["id"], dataset.items["genres"].to_list(), strict=True))
+    unanswered = ties = 0
+    for user, end, target in zip(users, ends, task.targets(dataset, users, ends, window), strict=True):
+        seen = dataset.history(user, max(0, end - window), end).events
+        counts = Counter(genre for event in seen for genre in genres[event.item])
+        if not counts:
+            assert target == -1
+            unanswered += 1
+            continue
+        best = sorted(genre for genre in counts if counts[genre] == max(counts.values()))
+        ties += len(best) > 1
+        assert task.answers[target] == best[0]
+    assert ties
+    assert unanswered or window > 1
+
+
+def test_favorite_category_of_a_single_valued_field(dataset):
+    items = dataset.items.with_columns(studio=pl.Series(["B", "A", None, "C"] * 5))
+    task = FavoriteCategory("studio", TaskConfig(kind="favorite_category", field="studio"), items)
+    assert task.answers == ["A", "B", "C"]
+    users, ends = examples(dataset)
+    item = dataset.events["item"][dataset.offsets[users] + ends - 1]
+    expected = [task.answers.index(v) if (v := items["studio"][int(i)]) else -1 for i in item]
+    assert task.targets(dataset, users, ends, 1).tolist() == expected
+
+
+def test_next_item_answers_are_distinct_and_in_catalogue_order(dataset):
+    answers = NextItem("next", TaskConfig(), dataset.items).answers
+    assert answers[5:8] == ["The Mask (1994)", "The Mask (1994) [2]", "The Mask"]
+    assert len(set(answers)) == dataset.num_items
+
+
+@given(st.lists(st.sampled_from(["A", "B", "A [2]", "A [3]", "A [2] [2]", ""]), max_size=12))
+def test_distinct_texts(titles):
+    texts = distinct_texts(titles)
+    assert len(set(texts)) == len(titles)
+    first = {}
+    for title, text in zip(titles, texts, strict=True):
+        assert text.startswith(title)
+        if title not in first:  # the first item of a title keeps it
+            assert text == title
+            first[title] = text
+    assert distinct_texts(titles) == texts
+
+
+def test_settings_that_cannot_be_are_named(dataset):
+    with pytest.raises(UserError, match="task t: items have no field 'mood'; they have .*genres"):
+        build_task("t", TaskConfig(kind="favorite_category", field="mood"), dataset.items)
+    with pytest.raises(UserError, match="task t: teacher"):
+        build_task("t", TaskConfig(kind="favorite_category", teacher=0.5), dataset.items)
+    for teacher in (-0.1, 1.1):
+        with pytest.raises(UserError, match="task t: teacher"):
+            build_task("t", TaskConfig(teacher=teacher), dataset.items)
