@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -98,8 +98,10 @@ class ContextualLM(nn.Module):
         self.tasks = dict(tasks)
         text_config = lm.config.get_text_config()
         self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver)
+        # latents of a Perceiver have no age
+        shape = fusion.cross_attention if fusion.perceiver is None else replace(fusion.cross_attention, recency=False)
         blocks = {
-            index: CrossAttentionBlock(fusion.cross_attention, text_config.hidden_size, encoder.width)
+            index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
         self.attachment = Attachment(lm, blocks)

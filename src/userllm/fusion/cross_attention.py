@@ -32,6 +32,9 @@ class CrossAttentionConfig:
     """Width of a head (ours)."""
     gate: Literal["tanh", "none"] = "tanh"
     """"tanh": output scaled by tanh(alpha), alpha one trainable scalar starting at 0 (paper eq. 4); "none": no gate."""
+    recency: bool = True
+    """Whether heads look back to different depths (ours): head h's attention to an event falls by a fixed slope per event
+    since, from none at all to the latest event only. Not used behind a Perceiver, whose latents have no order."""
     scale: Literal["residual", "none"] = "residual"
     """Whether the output is brought to the size of the text state it is added to (ours), or left as it is (paper)."""
 
@@ -52,6 +55,10 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         self.key = nn.Linear(user_width, inner, bias=False)
         self.value = nn.Linear(user_width, inner, bias=False)
         self.out = nn.Linear(inner, lm_width, bias=False)
+        # slopes 0, 2^-5 .. 2^1: the first head sees all events alike, the last one hardly more than the latest
+        steps = torch.linspace(-5, 1, max(config.heads - 1, 1))[: config.heads - 1]
+        slopes = torch.cat([torch.zeros(1), 2.0**steps]) if config.recency else torch.zeros(config.heads)
+        self.register_buffer("slopes", slopes, persistent=False)
         self.gate = nn.Parameter(torch.zeros(1)) if config.gate == "tanh" else None
         if self.gate is None:  # starts as the base LM too, by the output projection instead of the gate
             nn.init.zeros_(self.out.weight)
@@ -72,8 +79,8 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         queries = self._queries(hidden, users)
         # attention over nothing is NaN by softmax's definition, so let it see padding and then drop the result
         has_tokens = mask.any(dim=1)
-        allowed = (mask | ~has_tokens[:, None])[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
+        bias = self._bias(mask | ~has_tokens[:, None]).to(queries.dtype)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
         mixed = mixed * has_tokens[:, None, None, None].to(mixed.dtype)
         update = self.out(mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1))
         if self.config.scale == "residual":
@@ -86,9 +93,15 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         """The attention weights behind ``forward``, averaged over heads: [B*k, T, M]; rows of an empty user are zero."""
         users = keys.shape[0]
         logits = self._queries(hidden, users) @ keys.transpose(-1, -2) / self.config.head_width**0.5
-        logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
+        logits = logits + self._bias(mask).clamp_min(torch.finfo(logits.dtype).min)
         weights = torch.softmax(logits, dim=-1) * mask[:, None, None, :]
         return weights.mean(1).reshape(*hidden.shape[:2], -1)
+
+    def _bias(self, allowed: Tensor) -> Tensor:
+        """What is added to the attention logits [B, H, 1, M]: minus infinity where not allowed, else minus slope * age."""
+        age = torch.arange(allowed.shape[1] - 1, -1, -1, device=allowed.device)
+        bias = -self.slopes[:, None] * age  # type: ignore[index]
+        return torch.where(allowed[:, None, None, :], bias[None, :, None, :], -torch.inf)
 
     def _queries(self, hidden: Tensor, users: int) -> Tensor:
         # the k texts of one user become one longer row of queries: the user's keys are shared, not copied
