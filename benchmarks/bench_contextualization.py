@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import alternate, ratio, write_result
 
+from measure import alternate, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import UserLLM
 from userllm.pipeline import Run
@@ -46,7 +46,9 @@ def naive_loss(model: UserLLM, examples: Examples, embeddings: torch.nn.Module) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
     parser.add_argument("--rounds", type=int, default=5)

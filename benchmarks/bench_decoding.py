@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import alternate, ratio, write_result
 
+from measure import alternate, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.contextual import TextInLM
 from userllm.decoding.answers import ClosedAnswers
@@ -34,7 +34,9 @@ class _Counting(TextInLM):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -73,7 +75,9 @@ def main() -> None:
         return args.users
 
     model.store_lower_states()
-    rates = alternate({"constrained": constrained, "unconstrained": free, "as_shipped": as_shipped}, args.rounds)
+    rates = alternate(
+        {"constrained": constrained, "unconstrained": free, "as_shipped": as_shipped}, args.rounds
+    )
     write_result(
         "decoding",
         {

@@ -40,7 +40,12 @@ def ratio(rates: dict[str, list[float]], a: str, b: str) -> dict[str, float]:
 
 def write_result(name: str, result: dict[str, Any], out: Path) -> None:
     """Adds command-independent facts and writes ``out``/NAME.json, atomically."""
-    result = {"benchmark": name, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "hardware": hardware()} | result
+    result = {
+        "benchmark": name,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+    } | result
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".{name}.partial"
     partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -23,9 +22,12 @@ from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
 from userllm.events import HistoryBatch
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
+from userllm.language_models.adapter import Adapter, LoraConfig
+from userllm.language_models.pretrained import LanguageModelConfig, load
 from userllm.language_models.tiny import SAMPLE_TEXTS, tiny_language_model
-from userllm.model import encoder_for
+from userllm.model import UserLLM, encoder_for
 from userllm.tasks import TaskConfig, build_task
+from userllm.training.strategy import apply_strategy
 
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)  # a shared machine may be slow
@@ -135,7 +137,14 @@ def make_encoder(vocabulary: Vocabulary) -> Callable[..., AutoregressiveEncoder]
 
     def make(**settings: object) -> AutoregressiveEncoder:
         sizes: dict[str, object] = dict(
-            layers=2, width=16, heads=2, feed_forward=32, item_width=16, field_width=4, max_length=12, dropout=0.0
+            layers=2,
+            width=16,
+            heads=2,
+            feed_forward=32,
+            item_width=16,
+            field_width=4,
+            max_length=12,
+            dropout=0.0,
         )
         torch.manual_seed(1)
         return encoder_for(vocabulary, AutoregressiveConfig(**(sizes | settings))).eval()  # type: ignore[arg-type]
@@ -197,9 +206,55 @@ def stir_up(model: ContextualLM) -> None:
             torch.nn.init.normal_(block.out.weight, std=0.2)
 
 
-@pytest.fixture
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and a hub that is never asked."""
-    monkeypatch.setenv("USERLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield tmp_path / "cache"
+TASKS = {
+    "next_item": TaskConfig(prompt="The next movie this user will watch is"),
+    "favorite_genre": TaskConfig(kind="favorite_category", prompt="This user's favorite genre is"),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("USERLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
+    """A model as if trained with a strategy: every weight it trains is moved a little, and gates are open."""
+
+    def make(
+        strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True, **fusion
+    ) -> UserLLM:
+        base, tokenizer, reference = load(LanguageModelConfig(name=lm, dtype=dtype))
+        torch.manual_seed(seed)
+        adapter = Adapter.add(base, LoraConfig(rank=2)) if strategy == "lora" else None
+        settings = {
+            "layers": "last:2",
+            "events": 5,
+            "cross_attention": CrossAttentionConfig(heads=2, head_width=8),
+        }
+        model = UserLLM(
+            base,
+            tokenizer,
+            make_encoder(max_length=max_length),
+            FusionConfig(**(settings | fusion)),
+            {name: build_task(name, task, dataset.items) for name, task in TASKS.items()},
+            stored.collator,
+            reference,
+            strategy,
+            adapter,
+        )
+        apply_strategy(model, strategy, adapter)
+        if not stir:
+            return model
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(torch.randn_like(weight), alpha=0.03)
+            for block in model.attachment.blocks.values():
+                if block.gate is not None:
+                    block.gate.fill_(0.6)
+        return model.eval()
+
+    return make

@@ -55,7 +55,9 @@ class FusionConfig:
         if setting and 1 <= (step := int(setting[2])) <= count:
             every = setting[1] == "every"
             return list(range(count - 1, -1, -step))[::-1] if every else list(range(count - step, count))
-        raise UserError(f'fusion.layers: {self.layers!r} is not "all", "every:K" or "last:K" with K in 1..{count}')
+        raise UserError(
+            f'fusion.layers: {self.layers!r} is not "all", "every:K" or "last:K" with K in 1..{count}'
+        )
 
 
 @dataclass
@@ -99,7 +101,11 @@ class ContextualLM(nn.Module):
         text_config = lm.config.get_text_config()
         self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver)
         # latents of a Perceiver have no age
-        shape = fusion.cross_attention if fusion.perceiver is None else replace(fusion.cross_attention, recency=False)
+        shape = (
+            fusion.cross_attention
+            if fusion.perceiver is None
+            else replace(fusion.cross_attention, recency=False)
+        )
         blocks = {
             index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
@@ -131,7 +137,9 @@ class ContextualLM(nn.Module):
 
     # ---- users ----------------------------------------------------------------------------------------------------
 
-    def context(self, histories: HistoryBatch, rows: Tensor | None = None, ends: Tensor | None = None) -> UserContext:
+    def context(
+        self, histories: HistoryBatch, rows: Tensor | None = None, ends: Tensor | None = None
+    ) -> UserContext:
         """Users the LM can be conditioned on: one per history, or one per (row [E], events seen [E])."""
         if rows is None:
             rows = torch.arange(len(histories), device=histories.mask.device)
@@ -273,7 +281,9 @@ class ContextualLM(nn.Module):
             self._hidden(input_ids, None, cache)
         return cache
 
-    def _hidden(self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
+    def _hidden(
+        self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> Tensor:
         """Last hidden states [R, T, D]. Texts are padded on the right, so no position sees padding."""
         with self.attachment.replaying(states):
             output = self.lm.get_decoder()(
@@ -285,7 +295,9 @@ class ContextualLM(nn.Module):
         tree = PrefixTree.from_texts(task.answers, self.tokenizer)
         prompt = self.tokenizer(task.config.prompt, add_special_tokens=True)["input_ids"]
         if not prompt:
-            raise UserError(f"task {task.name}: its prompt is empty; the language model needs at least one token")
+            raise UserError(
+                f"task {task.name}: its prompt is empty; the language model needs at least one token"
+            )
         return ClosedAnswers(torch.tensor(prompt, device=self.lm.device), tree, task.config.normalization)
 
     # ---- states below the first fused layer -----------------------------------------------------------------------
@@ -316,7 +328,9 @@ class ContextualLM(nn.Module):
             position[last] = torch.arange(len(last), device=row.device)
             chosen = position[ends]
             chosen = chosen[torch.argsort(closed.reach[chosen])]
-            nodes = torch.empty(int(needed.sum()), self.lm.config.get_text_config().hidden_size, device=row.device)
+            nodes = torch.empty(
+                int(needed.sum()), self.lm.config.get_text_config().hidden_size, device=row.device
+            )
             nodes = nodes.to(self.lm.dtype)
             prompt = len(closed.prompt_ids) - 1
             head = nodes[:0]
@@ -344,7 +358,9 @@ class ContextualLM(nn.Module):
             whole = self.lm(input_ids=ids).logits[0, -1].float()
             mine = self.head(self._hidden(ids)[0, -1], closed.tree.vocabulary).float()
         if not torch.allclose(whole[closed.tree.vocabulary], mine, rtol=1e-3, atol=1e-3):
-            raise UserError(f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce")
+            raise UserError(
+                f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce"
+            )
 
     @property
     def gates(self) -> dict[int, float]:

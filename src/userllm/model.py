@@ -123,7 +123,9 @@ class UserLLM(ContextualLM):
             users = self.context(self._batch(histories))
         excluded = None
         if asked.config.kind == "next_item" and exclude_seen:
-            excluded = torch.zeros(len(histories), len(asked.answers), dtype=torch.bool, device=self.lm.device)
+            excluded = torch.zeros(
+                len(histories), len(asked.answers), dtype=torch.bool, device=self.lm.device
+            )
             for b, one in enumerate(histories):
                 rows = [self.collator.row_of(event.item) for event in one.events]
                 excluded[b, [row for row in rows if row < self.collator.num_items]] = True
@@ -139,7 +141,9 @@ class UserLLM(ContextualLM):
         """What the base LM, knowing nobody, finds most likely among the same answers."""
         asked = self._task(task)
         scores, best = self.eval().all_log_likelihoods(task, None).topk(min(k, len(asked.answers)))
-        return [self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)]
+        return [
+            self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def generate(
@@ -166,7 +170,9 @@ class UserLLM(ContextualLM):
             message = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         # a chat template writes its own special tokens
-        inputs = self.tokenizer(str(text), add_special_tokens=not chat, return_tensors="pt").to(self.lm.device)
+        inputs = self.tokenizer(str(text), add_special_tokens=not chat, return_tensors="pt").to(
+            self.lm.device
+        )
         if inputs["input_ids"].shape[1] == 0:
             raise UserError("the prompt is empty; the language model needs at least one token")
         settings = GenerationConfig(
@@ -199,7 +205,9 @@ class UserLLM(ContextualLM):
         size of its gate. Raises UserError with a Perceiver in between: latents stand for no single event.
         """
         if self.config.perceiver is not None:
-            raise UserError("explain: a Perceiver mixes events before the LM sees them; train without it to explain")
+            raise UserError(
+                "explain: a Perceiver mixes events before the LM sees them; train without it to explain"
+            )
         self._task(task)
         self.eval()
         users = self.context(self._batch([history]))
@@ -229,7 +237,9 @@ class UserLLM(ContextualLM):
 
     def _task(self, name: str) -> ClosedTask:
         if name not in self.tasks:
-            raise UserError(f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}")
+            raise UserError(
+                f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}"
+            )
         return self.tasks[name]
 
     def _recommendation(self, task: ClosedTask, answer: int, score: float) -> Recommendation:
@@ -292,7 +302,9 @@ class UserLLM(ContextualLM):
         folder = Path(folder)
         file = folder / "config.json"
         if not file.is_file():
-            raise UserError(f"{folder}: no model there (no config.json); give the folder save_pretrained wrote")
+            raise UserError(
+                f"{folder}: no model there (no config.json); give the folder save_pretrained wrote"
+            )
         try:
             saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             version = saved["format_version"]
@@ -312,12 +324,16 @@ class UserLLM(ContextualLM):
         try:
             items = pl.read_parquet(folder / "items.parquet")
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise UserError(f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again") from error
+            raise UserError(
+                f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
+            ) from error
         collator = HistoryCollator(items, Vocabulary.load(folder / "vocabulary.json"))
         encoder = AutoregressiveConfig(**saved["encoder"]).build([FieldShape(**f) for f in saved["fields"]])
         _fill(encoder.state_dict(), folder / "encoder.safetensors")
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
-        model = cls(base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter)
+        model = cls(
+            base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter
+        )
         _fill(model._fusion_weights(), folder / "fusion.safetensors")
         model.requires_grad_(False)
         return model.eval()

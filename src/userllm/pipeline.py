@@ -1,6 +1,6 @@
 """A run from raw data to a report: five stages, each skipped when its result is there and its settings are the same.
 
-    runs/<name>/  dataset -> pretrain/encoder -> contextualize/model -> metrics.json, examples.json -> report.html
+runs/<name>/  dataset -> pretrain/encoder -> contextualize/model -> metrics.json, examples.json -> report.html
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
 
 from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
@@ -37,13 +36,14 @@ from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
-from userllm.language_models.pretrained import load
+from userllm.language_models.pretrained import load, resolve
 from userllm.model import UserLLM, encoder_for
 from userllm.report import write_report
 from userllm.tasks import build_task
 from userllm.training.contextualize import contextualize
 from userllm.training.pretrain import pretrain
 from userllm.training.strategy import apply_strategy, trainable_parameters
+from userllm.training.trainer import set_seed
 
 STAGES = ("data", "pretrain", "contextualize", "evaluate", "report")
 
@@ -64,6 +64,8 @@ class Run:
         """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder."""
         if last not in STAGES:
             raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
+        if STAGES.index(last) >= STAGES.index("contextualize"):
+            resolve(self.config.lm)  # a language model that cannot be had is found out now, not after stage 1
         for stage in STAGES[: STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
         return self.folder
@@ -108,7 +110,9 @@ class Run:
                     )  # fmt: skip
                 _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                save_file({n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial"))
+                save_file(
+                    {n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial")
+                )
                 os.replace(file.with_suffix(".partial"), file)
 
     def do_contextualize(self) -> None:
@@ -142,12 +146,15 @@ class Run:
                 model.lm_is_frozen = self.config.contextualize.strategy.name in ("enc", "proj")
                 model.store_lower_states()
                 evaluator = ClosedEvaluator(
-                    model, self.dataset, self.split, self.stored, self.config.evaluation, self.config.seed, say
-                )
+                    model, self.load_encoder(), self.dataset, self.split, self.stored, self.config.evaluation,
+                    self.config.seed, say,
+                )  # fmt: skip
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                _write(self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1))
+                _write(
+                    self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1)
+                )
         self._refresh_timings()
 
     def do_report(self) -> None:
@@ -160,7 +167,9 @@ class Run:
     def load_encoder(self) -> AutoregressiveEncoder:
         """The encoder of stage 1."""
         encoder = encoder_for(self.vocabulary, self.config.encoder)
-        encoder.load_state_dict(load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain")))
+        encoder.load_state_dict(
+            load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain"))
+        )
         return encoder
 
     def build_model(self) -> UserLLM:
@@ -172,7 +181,15 @@ class Run:
         tasks = {name: build_task(name, task, items) for name, task in config.tasks.items()}
         collator: HistoryCollator = self.stored.collator
         model = UserLLM(
-            lm, tokenizer, self.load_encoder(), config.fusion, tasks, collator, reference, strategy.name, adapter
+            lm,
+            tokenizer,
+            self.load_encoder(),
+            config.fusion,
+            tasks,
+            collator,
+            reference,
+            strategy.name,
+            adapter,
         )
         model.check_head()
         apply_strategy(model, strategy.name, adapter)
@@ -187,7 +204,6 @@ class Run:
             weights = {id(a.event): a.weight for a in model.explain(history, task=task)}
         except UserError:
             weights = {}  # a Perceiver stands between: the report says that no weights were recorded
-        shown = list(history.events)[-20:]
         window = self.split.visible(model.window)
         answers = {}
         for name, closed in model.tasks.items():
@@ -206,7 +222,7 @@ class Run:
                     "time": e.time,
                     "attention": weights.get(id(e)),
                 }
-                for e in shown
+                for e in history.events
             ],
             "target": model.title(target.item),
             "tasks": answers,
@@ -265,7 +281,9 @@ class Run:
         """
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        settings = hashlib.sha256(json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()).hexdigest()
+        settings = hashlib.sha256(
+            json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()
+        ).hexdigest()
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             say(f"{name}: done before, skipped")
@@ -304,7 +322,9 @@ class Run:
     def _need_file(self, name: str, stage: str) -> Path:
         file = self.folder / name
         if not file.exists():
-            raise UserError(f"{file} is not there yet; run the stage {stage!r} first (userllm {stage} CONFIG)")
+            raise UserError(
+                f"{file} is not there yet; run the stage {stage!r} first (userllm {stage} CONFIG)"
+            )
         return file
 
 
@@ -317,7 +337,9 @@ def commit() -> str:
     """The commit of the code that runs, with "+changes" where files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--", "."], cwd=here, capture_output=True, text=True, check=True
         )

@@ -9,7 +9,9 @@ from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.splits import SplitConfig
 from userllm.tasks import TaskConfig, build_task
 
-every_split = pytest.mark.parametrize("config", [SplitConfig(), SplitConfig(kind="paper", window=4)], ids=["llo", "paper"])
+every_split = pytest.mark.parametrize(
+    "config", [SplitConfig(), SplitConfig(kind="paper", window=4)], ids=["llo", "paper"]
+)
 
 
 def shuffled_tails(dataset, split, monkeypatch):

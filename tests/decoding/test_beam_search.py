@@ -15,7 +15,10 @@ from userllm.decoding.prefix_tree import PrefixTree
 
 END, WIDTH = 5, 7
 answer_sets = st.lists(
-    st.lists(st.integers(0, 4), max_size=4).map(lambda tokens: (*tokens, END)), min_size=1, max_size=14, unique=True
+    st.lists(st.integers(0, 4), max_size=4).map(lambda tokens: (*tokens, END)),
+    min_size=1,
+    max_size=14,
+    unique=True,
 )
 
 
@@ -144,7 +147,9 @@ def test_unconstrained_search_on_a_tiny_vocabulary(steps, k):
     texts = [t for t in texts if END not in t[:-1] and (t[-1] == END or len(t) == steps)]
 
     def score(user, text):
-        return float(sum(torch.log_softmax(head(table.hidden((user, text[:i]))), 0)[t] for i, t in enumerate(text)))
+        return float(
+            sum(torch.log_softmax(head(table.hidden((user, text[:i]))), 0)[t] for i, t in enumerate(text))
+        )
 
     k = min(k, len(texts))
     sequences, scores = search_free(TableLM(2), torch.tensor([0]), head, 2, k, END, steps)

@@ -13,7 +13,10 @@ from userllm.tasks.base import distinct_texts
 
 END = 9
 answer_sets = st.lists(
-    st.lists(st.integers(0, 4), max_size=5).map(lambda tokens: (*tokens, END)), min_size=1, max_size=25, unique=True
+    st.lists(st.integers(0, 4), max_size=5).map(lambda tokens: (*tokens, END)),
+    min_size=1,
+    max_size=25,
+    unique=True,
 )
 
 

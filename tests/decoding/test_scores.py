@@ -35,7 +35,9 @@ def by_full_forward(model, task, users, normalization):
     ids = torch.tensor([[*prompt, *tokens, *[0] * (longest - len(tokens))] for tokens in texts])
     scores = torch.zeros(len(users.tokens), len(texts))
     for user, one in enumerate(per_user(users)):
-        limited = answer_attends_only(model, len(prompt)) if model.config.attend == "answer" else nullcontext()
+        limited = (
+            answer_attends_only(model, len(prompt)) if model.config.attend == "answer" else nullcontext()
+        )
         with torch.no_grad(), model.conditioned(one), limited:
             log_p = torch.log_softmax(model.lm(ids).logits[:, len(prompt) - 1 :], -1).numpy()
         for number, tokens in enumerate(texts):
@@ -59,7 +61,10 @@ def per_user(users):
 @pytest.mark.parametrize(
     ("architecture", "normalization", "task"),
     [
-        *((name, "catalogue", "next_item") for name in ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]),
+        *(
+            (name, "catalogue", "next_item")
+            for name in ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+        ),
         *((name, "vocabulary", "next_item") for name in ["llama", "gemma3", "gpt2"]),
         *(("llama", normalization, "favorite_genre") for normalization in ["catalogue", "vocabulary"]),
     ],
@@ -78,7 +83,9 @@ def test_every_way_to_a_score_agrees(make_model, histories, architecture, normal
         if stored:
             model.store_lower_states()
             assert (task in model._lower) == (normalization == "catalogue")
-        close(torch.stack([model.all_log_likelihoods(task, one, batch=7) for one in per_user(users)]), expected)
+        close(
+            torch.stack([model.all_log_likelihoods(task, one, batch=7) for one in per_user(users)]), expected
+        )
         for answer in (0, count - 1):
             with torch.no_grad():
                 found = model.answer_log_likelihood(task, torch.full((3,), answer), users)
@@ -134,7 +141,10 @@ def test_losses_are_log_likelihoods_and_a_teacher_reads_child_by_child(make_mode
     nll, taught = model.answer_losses("next_item", answers, users, teacher)
     close(-nll, model.answer_log_likelihood("next_item", answers, users))
     tokenizer = model.tokenizer
-    texts = [tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,) for a in model.tasks["next_item"].answers]
+    texts = [
+        tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,)
+        for a in model.tasks["next_item"].answers
+    ]
     prompt = tokenizer(model.tasks["next_item"].config.prompt)["input_ids"]
     for row, answer in enumerate(answers.tolist()):
         tokens, expected = texts[answer], 0.0

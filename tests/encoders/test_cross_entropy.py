@@ -55,5 +55,6 @@ def test_without_gradients():
     hidden, table, target = torch.randn(5, 4), torch.randn(7, 4), torch.randint(7, (5,))
     with torch.no_grad():
         torch.testing.assert_close(
-            blocked_cross_entropy(hidden, table.requires_grad_(), target), F.cross_entropy(hidden @ table.T, target)
+            blocked_cross_entropy(hidden, table.requires_grad_(), target),
+            F.cross_entropy(hidden @ table.T, target),
         )

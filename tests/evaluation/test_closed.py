@@ -38,7 +38,9 @@ def model(make_model):
 @pytest.mark.parametrize("exclude_seen", [True, False])
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_next_item(model, dataset, split, stored, part, exclude_seen):
-    judge = evaluator(model, dataset, split, stored, part=part, exclude_seen=exclude_seen, list_length=7, batch=4)
+    judge = evaluator(
+        model, dataset, split, stored, part=part, exclude_seen=exclude_seen, list_length=7, batch=4
+    )
     entry = judge.evaluate("next_item")
     rows = split.examples(part, max_length=8)
     assert (entry["n"], entry["N"], entry["invalid_items"]) == (len(rows), len(rows), 0)
@@ -58,7 +60,11 @@ def test_next_item(model, dataset, split, stored, part, exclude_seen):
         items = dataset.events["item"][dataset.offsets[user] :]
         target, seen = int(items[stop]), set(items[:stop].tolist()) if exclude_seen else ()
         with torch.no_grad():
-            own = model.encoder.item_scores(model.encoder(stored.batch(row[None]))[0, -1]).log_softmax(-1).numpy()
+            own = (
+                model.encoder.item_scores(model.encoder(stored.batch(row[None]))[0, -1])
+                .log_softmax(-1)
+                .numpy()
+            )
         systems = {
             "user_llm": with_history(row),
             "user_llm_shuffled": with_history(rows[judge.other[place]]),
@@ -88,7 +94,10 @@ def test_favorite_category(model, dataset, split, stored):
     votes = task.targets(dataset, split.users, split.train_end - 1, 6)
     counts = np.bincount(votes[votes >= 0], minlength=4)
     same(entry["majority"], as_dicts([rank(counts, t) for t in targets]))
-    same(entry["no_user"], as_dicts([rank(model.all_log_likelihoods("favorite_genre", None), t) for t in targets]))
+    same(
+        entry["no_user"],
+        as_dicts([rank(model.all_log_likelihoods("favorite_genre", None), t) for t in targets]),
+    )
     ranks = []
     for row, target in zip(rows, targets, strict=True):
         with torch.no_grad():

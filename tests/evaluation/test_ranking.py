@@ -42,7 +42,9 @@ def test_a_score_that_is_no_number_never_wins():
 
 def test_seen_items_and_targets(dataset):
     rows = np.array([[7, 0, 9], [7, 5, 9], [5, 0, 1], [8, 2, 2]])
-    for (user, _, stop), mask, target in zip(rows, seen_items(dataset, rows), target_items(dataset, rows), strict=True):
+    for (user, _, stop), mask, target in zip(
+        rows, seen_items(dataset, rows), target_items(dataset, rows), strict=True
+    ):
         before = {event.item for event in dataset.history(user, 0, stop).events}
         assert {dataset.items["id"][i] for i in torch.nonzero(mask)[:, 0].tolist()} == before
         assert dataset.items["id"][int(target)] == dataset.history(user, stop, stop + 1).events[0].item
@@ -67,7 +69,9 @@ def test_encoder_ranks_agree_with_scikit_learn(make_encoder, dataset, split, sto
             own[dataset.events["item"][dataset.offsets[user] : dataset.offsets[user] + stop]] = -1e9
         scores.append(own)
     truth = np.eye(dataset.num_items)[items]
-    each = [label_ranking_average_precision_score(t[None], s[None]) for t, s in zip(truth, scores, strict=True)]
+    each = [
+        label_ranking_average_precision_score(t[None], s[None]) for t, s in zip(truth, scores, strict=True)
+    ]
     assert np.allclose(1 / ranks, each)
     for k in (1, 5, 10):
         accuracy = top_k_accuracy_score(items, scores, k=k, labels=np.arange(dataset.num_items))

@@ -102,7 +102,12 @@ def test_text_rows_must_divide_among_users(make_model, histories):
 @every_architecture
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
     ids=["greedy", "beams", "beams-2", "sample-2"],
 )
 def test_cached_generation_equals_uncached(make_model, histories, architecture, settings):
@@ -281,7 +286,21 @@ def test_fused_layers(setting, expected):
 
 
 @pytest.mark.parametrize(
-    "setting", ["", "none", "last", "last:", "last:0", "last:7", "last:-1", "last:x", "every:7", "all:", "all:2", "every:²"]
+    "setting",
+    [
+        "",
+        "none",
+        "last",
+        "last:",
+        "last:0",
+        "last:7",
+        "last:-1",
+        "last:x",
+        "every:7",
+        "all:",
+        "all:2",
+        "every:²",
+    ],
 )
 def test_unusable_fused_layers_are_named(setting):
     with pytest.raises(UserError, match=r"fusion\.layers"):

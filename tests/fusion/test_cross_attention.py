@@ -14,13 +14,23 @@ def layer_norm(x, norm):
     return scaled * norm.weight + norm.bias
 
 
-def attend(queries, keys, values, mask, heads):
+def slopes(heads, recency):
+    """By head: how much an event's logit falls with each later event. 0, then powers of 2 from 2^-5 to 2^1."""
+    if not recency:
+        return [0.0] * heads
+    between = 6 / (heads - 2) if heads > 2 else 0
+    return [0.0] + [2 ** (-5 + between * h) for h in range(heads - 1)]
+
+
+def attend(queries, keys, values, mask, heads, recency=False):
     """One text's queries [T, I] over M tokens, head by head; also the weights averaged over heads [T, M]."""
     out, weights = [], []
+    age = torch.arange(len(keys) - 1, -1, -1)
     width = queries.shape[-1] // heads
     for h in range(heads):
         part = slice(h * width, (h + 1) * width)
         scores = torch.einsum("ti,mi->tm", queries[:, part], keys[:, part]) / width**0.5
+        scores = scores - slopes(heads, recency)[h] * age
         share = torch.softmax(scores[:, mask], -1)
         out.append(torch.einsum("tm,mi->ti", share, values[mask][:, part]))
         full = torch.zeros_like(scores)
@@ -43,6 +53,7 @@ def reference(block, hidden, tokens, mask):
             normed @ block.value.weight.T,
             mask[user],
             block.config.heads,
+            block.config.recency,
         )
         update = mixed @ block.out.weight.T
         if block.config.scale == "residual":
@@ -60,8 +71,10 @@ def users():
 @pytest.mark.parametrize("gate", ["tanh", "none"])
 @pytest.mark.parametrize("scale", ["residual", "none"])
 @pytest.mark.parametrize("each", [1, 3])
-def test_block_equals_the_formula(users, gate, scale, each):
-    block = CrossAttentionBlock(CrossAttentionConfig(4, 6, gate, scale), lm_width=20, user_width=12)
+@pytest.mark.parametrize("recency", [True, False])
+def test_block_equals_the_formula(users, gate, scale, each, recency):
+    config = CrossAttentionConfig(4, 6, gate=gate, scale=scale, recency=recency)
+    block = CrossAttentionBlock(config, lm_width=20, user_width=12)
     for weight in block.parameters():
         torch.nn.init.normal_(weight, std=0.5)
     tokens, mask = users
@@ -75,7 +88,7 @@ def test_block_equals_the_formula(users, gate, scale, each):
 
 @pytest.mark.parametrize("gate", ["tanh", "none"])
 def test_a_new_block_changes_nothing_but_can_learn(users, gate):
-    block = CrossAttentionBlock(CrossAttentionConfig(4, 6, gate), lm_width=20, user_width=12)
+    block = CrossAttentionBlock(CrossAttentionConfig(4, 6, gate=gate), lm_width=20, user_width=12)
     tokens, mask = users
     hidden = torch.randn(3, 7, 20)
     out = block(hidden, *block.project_users(tokens), mask)

@@ -7,6 +7,7 @@ import torch
 
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
 
 
@@ -41,7 +42,9 @@ def test_recommendations_are_the_catalogues_best_unseen(model, dataset):
     users = model.context(model.collator.from_histories([history], max_length=8)[0])
     log_likelihoods = model.all_log_likelihoods("next_item", users)
     seen = {event.item for event in history.events}
-    best = [n for n in log_likelihoods.argsort(descending=True).tolist() if dataset.items["id"][n] not in seen]
+    best = [
+        n for n in log_likelihoods.argsort(descending=True).tolist() if dataset.items["id"][n] not in seen
+    ]
     found = model.recommend(history, 20)
     assert [r.item for r in found] == [dataset.items["id"][n] for n in best]
     assert [r.title for r in found] == [model.tasks["next_item"].answers[n] for n in best]
@@ -122,7 +125,8 @@ def test_explained_weights_sum_to_one_over_the_events_seen(make_user_llm, datase
 
 
 def test_explained_weights_are_of_the_prompts_last_token(make_user_llm, dataset, stored):
-    model = make_user_llm(layers="last:1")
+    plain_attention = CrossAttentionConfig(heads=2, head_width=8, recency=False)
+    model = make_user_llm(layers="last:1", cross_attention=plain_attention)
     block, seen = model.attachment.blocks[3], []
     hook = block.register_forward_pre_hook(lambda _block, args: seen.append(args))
     attended = model.explain(dataset.history(7, 0, 4))
@@ -157,7 +161,9 @@ def by_hand(model, prompt, users, tokens, attend):
     ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
     before = ids.shape[1] - 1 if attend == "answer" else 0
     hooks = [
-        block.register_forward_hook(lambda _b, args, out: torch.cat([args[0][:, :before], out[:, before:]], 1))
+        block.register_forward_hook(
+            lambda _b, args, out: torch.cat([args[0][:, :before], out[:, before:]], 1)
+        )
         for block in model.attachment.blocks.values()
     ]
     for _ in range(tokens):
@@ -182,7 +188,9 @@ def test_generation_is_greedy_and_about_the_user(make_user_llm, dataset, attend,
     beams = model.generate(prompt, history, max_new_tokens=6, num_beams=3)
     assert beams == model.generate(prompt, history, max_new_tokens=6, num_beams=3)
     torch.manual_seed(0)
-    sampled = {model.generate(prompt, history, max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(5)}
+    sampled = {
+        model.generate(prompt, history, max_new_tokens=6, do_sample=True, temperature=2.0) for _ in range(5)
+    }
     assert len(sampled) > 1
 
 

@@ -159,7 +159,9 @@ def test_what_is_no_model_is_refused(saved, tmp_path):
             UserLLM.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["encoder.safetensors", "fusion.safetensors", "items.parquet", "vocabulary.json"])
+@pytest.mark.parametrize(
+    "name", ["encoder.safetensors", "fusion.safetensors", "items.parquet", "vocabulary.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_a_damaged_folder_is_refused(saved, name, damage):
     file = saved / name

@@ -99,7 +99,7 @@ class BatchConfig:
     events: int | None = 8192
     """Events (targets) of a batch, on average; None to count sequences instead (ours)."""
     sequences: int | None = None
-    """Sequences of a batch; None to count events instead (paper: 1024 windows on MovieLens)."""
+    """Sequences of a batch; None to count events instead (paper, v1 Table 9: 32,768 windows on ML-20M)."""
     pool: int = 32
     """Batches that are sorted by length together: more means less padding, fewer a better mix of lengths (ours)."""
 

@@ -133,7 +133,9 @@ class Dataset:
         dataset = cls(folder, card, **frames)
         if (dataset.lengths == 0).any():
             empty = dataset.user_ids[int(dataset.lengths.argmin())]
-            raise UserError(f"{folder / 'users.parquet'}: user {empty} has no events; prepare the dataset again")
+            raise UserError(
+                f"{folder / 'users.parquet'}: user {empty} has no events; prepare the dataset again"
+            )
         return dataset
 
     @property

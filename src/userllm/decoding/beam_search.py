@@ -62,7 +62,10 @@ def search_answers(
     hidden = state.start(answers.prompt_ids)
     if len(tree) == 1 and not whole:
         allowed = torch.ones_like(node, dtype=torch.bool) if excluded is None else ~excluded
-        done_answer[:, :1], done_score[:, :1] = torch.where(allowed, 0, -1), torch.where(allowed, 0.0, -torch.inf)
+        done_answer[:, :1], done_score[:, :1] = (
+            torch.where(allowed, 0, -1),
+            torch.where(allowed, 0.0, -torch.inf),
+        )
         node[:] = -1
     while bool((node >= 0).any()):
         rows, children, log_p = answers.choices(hidden, node.flatten(), head)
@@ -120,7 +123,9 @@ def search_free(
         vocabulary = log_p.shape[-1]
         best_score, best = total.topk(min(2 * k, total.shape[1]), dim=1)
         row, token = best // vocabulary, best % vocabulary
-        extended = torch.cat([sequences.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], dim=2)
+        extended = torch.cat(
+            [sequences.gather(1, row[..., None].expand(-1, -1, step)), token[..., None]], dim=2
+        )
         ended = token == eos if step < steps - 1 else torch.ones_like(token, dtype=torch.bool)
         padded = torch.nn.functional.pad(extended, (0, steps - step - 1), value=eos)
         pool = torch.cat([done_score, best_score.masked_fill(~ended, -torch.inf)], dim=1)

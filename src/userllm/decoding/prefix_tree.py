@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from userllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -57,14 +60,22 @@ class PrefixTree:
         return PrefixTree(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: str = " ") -> PrefixTree:
+    def from_texts(
+        cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: str = " "
+    ) -> PrefixTree:
         """The trie of ``separator + text + end-of-text`` for each text.
 
         Raises UserError where there is no answer, two answers read alike, or the tokenizer has no end-of-text token.
         """
         if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token: answers could not end")
-        encoded = tokenizer([separator + text for text in texts], add_special_tokens=False)["input_ids"] if texts else []
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token: answers could not end"
+            )
+        encoded = (
+            tokenizer([separator + text for text in texts], add_special_tokens=False)["input_ids"]
+            if texts
+            else []
+        )
         return cls.from_tokens([[*tokens, tokenizer.eos_token_id] for tokens in encoded])  # type: ignore[misc]
 
     @classmethod
@@ -79,12 +90,16 @@ class PrefixTree:
         order = np.lexsort(matrix.T[::-1])
         matrix = matrix[order]
         lengths = (matrix >= 0).sum(1)
-        same = np.cumprod(matrix[1:] == matrix[:-1], axis=1).sum(1)  # common prefix with the row before, padding included
+        same = np.cumprod(matrix[1:] == matrix[:-1], axis=1).sum(
+            1
+        )  # common prefix with the row before, padding included
         shared = np.minimum(same, lengths[:-1])
         clash = np.flatnonzero(shared >= np.minimum(lengths[1:], lengths[:-1]))
         if len(clash):
             a, b = order[clash[0]], order[clash[0] + 1]
-            raise UserError(f"answers {a} and {b} read alike to the language model; every answer needs its own text")
+            raise UserError(
+                f"answers {a} and {b} read alike to the language model; every answer needs its own text"
+            )
         shared = np.concatenate([[-1], shared])
 
         count, rows = len(answers), np.arange(len(answers))
@@ -119,7 +134,9 @@ class PrefixTree:
             high=np.concatenate(high), child_start=child_start, child_count=child_count,
             column=np.concatenate([[0], column]), vocabulary=vocabulary, order=order, paths=by_answer,
         )  # fmt: skip
-        return cls(**{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()})
+        return cls(
+            **{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()}
+        )
 
     def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """All children of ``nodes`` [P] in one flat list: for each, the row in ``nodes`` and the child node.

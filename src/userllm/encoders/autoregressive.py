@@ -124,7 +124,9 @@ class AutoregressiveEncoder(nn.Module):
         ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask.
         """
         hidden = self(inputs)[targets.mask]
-        losses = self.features.losses(hidden, {name: ids[targets.mask] for name, ids in targets.fields.items()})
+        losses = self.features.losses(
+            hidden, {name: ids[targets.mask] for name, ids in targets.fields.items()}
+        )
         weights = {name: self.config.field_weights.get(name, 1.0) for name in losses}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}

@@ -39,7 +39,9 @@ class FieldTables(nn.Module):
         super().__init__()
         self.fields = list(fields)
         widths = {f.name: item_width if f.name == "item" else field_width for f in fields}
-        self.tables = nn.ModuleDict({f.name: nn.Embedding(f.size, widths[f.name], padding_idx=0) for f in fields})
+        self.tables = nn.ModuleDict(
+            {f.name: nn.Embedding(f.size, widths[f.name], padding_idx=0) for f in fields}
+        )
         self.fuse = nn.Linear(sum(widths.values()), width)
         self.heads = nn.ModuleDict({f.name: nn.Linear(width, widths[f.name]) for f in fields})
         for table in self.tables.values():

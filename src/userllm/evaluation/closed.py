@@ -2,8 +2,8 @@
 
 Every system answers the same examples. Next items already in a user's history are excluded for every system alike,
 by the *true* user's history also where the model is given another one. Ranks come from a list of ``list_length``
-answers for the language model (a target outside the list counts as a miss) and from the full ranking elsewhere, cut
-at the same length so that MRR means the same everywhere.
+answers for the language model (a target outside the list counts as a miss) and from the full ranking elsewhere; the
+metrics look at the first ten places only, so that MRR means the same everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.encoders import AutoregressiveEncoder
 from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
@@ -56,11 +57,16 @@ class Answered:
 
 
 class ClosedEvaluator:
-    """Evaluates the closed tasks of a model on one part of a split."""
+    """Evaluates the closed tasks of a model on one part of a split.
+
+    encoder: the encoder as stage 1 left it, whose own full-catalogue ranking is a baseline (stage 2 trains the model's
+    copy for the language model, without its output heads).
+    """
 
     def __init__(
         self,
         model: UserLLM,
+        encoder: AutoregressiveEncoder,
         dataset: Dataset,
         split: Split,
         stored: StoredHistories,
@@ -69,14 +75,16 @@ class ClosedEvaluator:
         progress: Callable[[str], None] = print,
     ):
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
-        self.config, self.progress = config, progress
+        self.encoder, self.config, self.progress = encoder, config, progress
         rows = split.examples(config.part, max_length=model.encoder.max_length)
         self.available = len(rows)
         if config.users is not None and config.users < len(rows):
             rng = np.random.default_rng([seed, 11])
             rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
         if len(rows) < 2:
-            raise UserError(f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users")
+            raise UserError(
+                f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
+            )
         self.rows = rows
         # everyone gets somebody else: a random cycle through all users
         cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
@@ -100,7 +108,7 @@ class ClosedEvaluator:
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             ranks, logliks = encoder_ranks(
-                self.model.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
+                self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
             )
             systems["encoder"] = Answered(ranks, logliks)
             counts = item_counts(self.dataset, self.split)
@@ -131,7 +139,9 @@ class ClosedEvaluator:
         return entry
 
     @torch.no_grad()
-    def _language_model(self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor) -> Answered:
+    def _language_model(
+        self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
+    ) -> Answered:
         """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
         task, device = self.model.tasks[name], self.model.lm.device
         self.model.eval()
@@ -147,7 +157,9 @@ class ClosedEvaluator:
             possible = torch.full((len(target),), length)
             if isinstance(task, NextItem) and self.config.exclude_seen:
                 excluded = seen_items(self.dataset, rows[part]).to(device)
-                excluded.scatter_(1, target[:, None], False)  # a repeated item still has to be found, as in rank_of
+                excluded.scatter_(
+                    1, target[:, None], False
+                )  # a repeated item still has to be found, as in rank_of
                 possible = (~excluded).sum(1).clamp_max(length)
             found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
             hit = found.answers == target[:, None]
@@ -171,7 +183,9 @@ class ClosedEvaluator:
         for start in range(0, len(rows), 512):
             part = slice(start, start + 512)
             batch = self.stored.batch(rows[part])
-            ranks[part] = rank_of(_value_counts(batch, task.config.field, len(task.answers), window), targets[part])
+            ranks[part] = rank_of(
+                _value_counts(batch, task.config.field, len(task.answers), window), targets[part]
+            )
         return ranks
 
 
@@ -196,5 +210,7 @@ def _value_counts(batch: HistoryBatch, field: str, values: int, window: int) -> 
     recent = torch.arange(ids.shape[1])[None] >= (batch.lengths - window)[:, None]
     ids = (ids if ids.ndim == 3 else ids[..., None]) * (recent & batch.mask)[..., None]
     flat = ids.flatten(1)
-    counts = torch.zeros(len(batch), values + 2).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float))
+    counts = torch.zeros(len(batch), values + 2).scatter_add_(
+        1, flat, torch.ones_like(flat, dtype=torch.float)
+    )
     return counts[:, 2:]

@@ -139,7 +139,9 @@ class Attachment:
         self.layers = find_layers(lm)
         self.blocks = dict(sorted(blocks.items()))
         if not blocks or not all(0 <= i < len(self.layers) for i in blocks):
-            raise UserError(f"fused layers {sorted(blocks)} do not fit a language model of {len(self.layers)} layers")
+            raise UserError(
+                f"fused layers {sorted(blocks)} do not fit a language model of {len(self.layers)} layers"
+            )
         self.first = min(blocks)
         self.attached = False
         self.attach()

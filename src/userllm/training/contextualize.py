@@ -90,7 +90,9 @@ class ExampleBatches(StepBatches):
         rng = np.random.default_rng([self.seed, step])
         wanted = np.arange(step * per_batch, (step + 1) * per_batch)
         passes, places = np.divmod(wanted, len(self.usable))
-        order = {p: np.random.default_rng([self.seed, 7, p]).permutation(self.usable) for p in np.unique(passes)}
+        order = {
+            p: np.random.default_rng([self.seed, 7, p]).permutation(self.usable) for p in np.unique(passes)
+        }
         kept = np.array([order[p][i] for p, i in zip(passes, places, strict=True)])
         names = list(self.model_tasks)
         weights = np.array([self.model_tasks[n].config.weight for n in names])
@@ -99,7 +101,9 @@ class ExampleBatches(StepBatches):
             first, stop = int(self.split.first_target), int(self.split.train_end[k])
             latest = int(rng.integers(first, stop))  # the position of an event to be predicted
             begin = max(0, latest - self.longest)
-            others = rng.integers(max(first, begin + 1), latest + 1, size=self.config.examples_per_history - 1)
+            others = rng.integers(
+                max(first, begin + 1), latest + 1, size=self.config.examples_per_history - 1
+            )
             targets = np.concatenate([[latest], others])
             user = int(self.split.users[k])
             spans.append((user, begin, latest))
@@ -114,7 +118,9 @@ class ExampleBatches(StepBatches):
         answers = np.full(len(row_of), -1)
         for number, name in enumerate(names):
             mine = task_of == number
-            answers[mine] = self.model_tasks[name].targets(self.dataset, user_of[mine], end_of[mine], seen[mine])
+            answers[mine] = self.model_tasks[name].targets(
+                self.dataset, user_of[mine], end_of[mine], seen[mine]
+            )
         keep = answers >= 0
         examples = Examples(
             histories=self.stored.batch(spans),
@@ -162,7 +168,9 @@ class ContextualizedLosses(nn.Module):
     @torch.no_grad()
     def _teach(self, histories: HistoryBatch, examples: Examples, mine: Tensor) -> Tensor:
         teacher = self._teacher[0].to(histories.mask.device)
-        last = teacher(histories)[examples.rows.to(mine.device)[mine], examples.ends.to(mine.device)[mine] - 1]
+        last = teacher(histories)[
+            examples.rows.to(mine.device)[mine], examples.ends.to(mine.device)[mine] - 1
+        ]
         return torch.softmax(teacher.item_scores(last), dim=-1)
 
 

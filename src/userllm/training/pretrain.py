@@ -42,7 +42,9 @@ class PretrainConfig:
     """Size of a batch."""
     windows_per_epoch: int | None = None
     """Windows drawn per epoch under the papers' split; all by default."""
-    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=2e-3, warmup=0.05))
+    optimization: OptimizationConfig = field(
+        default_factory=lambda: OptimizationConfig(learning_rate=2e-3, warmup=0.05)
+    )
     """Optimiser and schedule."""
     evaluate_every: float = 1.0
     """Epochs between two validations."""
@@ -55,7 +57,9 @@ class PretrainConfig:
 class PretrainBatches(StepBatches):
     """Chunks of histories, epoch after epoch."""
 
-    def __init__(self, stored: StoredHistories, split: Split, max_length: int, config: PretrainConfig, seed: int):
+    def __init__(
+        self, stored: StoredHistories, split: Split, max_length: int, config: PretrainConfig, seed: int
+    ):
         sequences = TrainingSequences(split, max_length, seed, config.windows_per_epoch)
         self.sampler = LengthBucketSampler(sequences, config.batch, seed)
         self.stored = stored
@@ -105,7 +109,9 @@ def pretrain(
     batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
     rows = split.examples("validation", max_length=encoder.max_length)
     if config.validation_users is not None and config.validation_users < len(rows):
-        rows = rows[np.random.default_rng([seed, 5]).choice(len(rows), config.validation_users, replace=False)]
+        rows = rows[
+            np.random.default_rng([seed, 5]).choice(len(rows), config.validation_users, replace=False)
+        ]
 
     def validate() -> dict[str, float]:
         ranks, logliks = encoder_ranks(encoder, stored, dataset, rows, exclude_seen=True)

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+__all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set_seed", "training_arguments"]
 
 COMPLETE = "complete"
 """Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
@@ -81,10 +83,15 @@ class StageTrainer(Trainer):
         self.add_callback(_MarkComplete())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.batches, batch_size=None, shuffle=False)
+        # its own generator: a loader draws a seed as it starts, and a resumed training starts one more
+        return DataLoader(self.batches, batch_size=None, shuffle=False, generator=torch.Generator())
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         losses: dict[str, Tensor] = model(**inputs)
         for name, value in losses.items():
@@ -96,6 +103,9 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._parts:
             logs.update({name: sum(values) / len(values) for name, values in self._parts.items()})
             self._parts.clear()
+        self.state.epoch = (
+            self.state.global_step / self.batches.steps
+        )  # also after resuming: a share of the training
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -155,7 +165,12 @@ class KeepBest(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, folder: Path, metric: str, patience: int):
-        self.model, self.file, self.metric, self.patience = model, folder / "best.safetensors", metric, patience
+        self.model, self.file, self.metric, self.patience = (
+            model,
+            folder / "best.safetensors",
+            metric,
+            patience,
+        )
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
@@ -167,7 +182,9 @@ class KeepBest(TrainerCallback):
 
 
 class _MarkComplete(TrainerCallback):
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
@@ -195,7 +212,9 @@ def load_trainable(model: nn.Module, file: Path) -> None:
     weights = load_file(file)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != set(weights):
-        raise RuntimeError(f"{file} holds other weights than this model trains: was the configuration changed?")
+        raise RuntimeError(
+            f"{file} holds other weights than this model trains: was the configuration changed?"
+        )
     model.load_state_dict(weights, strict=False)
 
 
