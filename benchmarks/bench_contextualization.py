@@ -1,10 +1,11 @@
-"""Stage 2 (strategy enc): examples/s of userllm against a naive loop with the same LM, encoder, blocks and examples.
+"""Stage 2 (strategy enc): examples/s against a naive loop with the same LM, encoder, blocks and examples.
 
-The naive loop is what one writes first: each example is a history of its own (no encoder pass shared), the text is padded to
-32 tokens, every LM layer is computed and differentiated (gradients flow to the LM's input embeddings), logits of the whole
-vocabulary are computed at all positions, and the cross-entropy of the title's tokens is the loss.
-userllm runs as configured: shared encoder passes, stored states below the first fused layer, logits of the catalogue's tokens at
-the choices only. Both take optimiser steps with the same trainable weights. Only the last 8 layers are fused.
+The naive loop is what one writes first: each example is a history of its own (no encoder pass shared), the
+text is padded to 32 tokens, every LM layer is computed and differentiated (gradients flow to the LM's input
+embeddings), logits of the whole vocabulary are computed at all positions, and the cross-entropy of the
+title's tokens is the loss. userllm runs as configured: shared encoder passes, stored states below the first
+fused layer, logits of the catalogue's tokens at the choices only. Both take optimiser steps with the same
+trainable weights. Only the last 8 layers are fused.
 
     python benchmarks/bench_contextualization.py --config configs/movielens-1m.yaml --out docs/results/benchmarks
 """

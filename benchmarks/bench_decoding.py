@@ -1,9 +1,9 @@
 """What the catalogue constraint costs: beam search on the trie against the same beam search without it.
 
-Same LM, same fused layers, same users, same prompt, beams, number of steps, key-value cache, and log-probabilities over the whole
-vocabulary in both ("vocabulary" normalisation), with no stored states: the only difference is the trie. The unconstrained
-search is given as many steps as the constrained one took. ``as_shipped`` is the default decoding ("catalogue" normalisation and
-stored lower states) on the same users.
+Same LM, same fused layers, same users, same prompt, beams, number of steps, key-value cache, and log-
+probabilities over the whole vocabulary in both ("vocabulary" normalisation), with no stored states: the only
+difference is the trie. The unconstrained search is given as many steps as the constrained one took.
+``as_shipped`` is the default decoding ("catalogue" normalisation and stored lower states) on the same users.
 
     python benchmarks/bench_decoding.py --config configs/movielens-1m.yaml --out docs/results/benchmarks
 """

@@ -1,9 +1,10 @@
-"""What most rooms' tests need: a small catalogue with awkward titles, a dataset over it, and tiny contextualised LMs."""
+"""What most rooms' tests need: a small catalogue with awkward titles, a dataset over it, tiny contextualised LMs."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -23,7 +24,7 @@ from userllm.events import HistoryBatch
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.language_models.adapter import Adapter, LoraConfig
-from userllm.language_models.pretrained import LanguageModelConfig, load
+from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
 from userllm.language_models.tiny import SAMPLE_TEXTS, tiny_language_model
 from userllm.model import UserLLM, encoder_for
 from userllm.tasks import TaskConfig, build_task
@@ -38,7 +39,8 @@ TITLES = [
     "Toy Story (1995)", "Toy Story 2 (1999)", "Toy Soldiers (1991)", "Heat (1995)", "GoldenEye (1995)",
     "The Mask (1994)", "The Mask (1994)", "The Mask", "Star Wars: Episode IV - A New Hope (1977)",
     "Star Wars: Episode V - The Empire Strikes Back (1980)", "Star Trek (1979)", "Alien (1979)", "Aliens (1986)",
-    "Misérables, Les (1995)", "Seven (1995)", "Se7en (1995)", "The Matrix (1999)", "M (1931)", "Z (1969)", "12 Monkeys (1995)",
+    "Misérables, Les (1995)", "Seven (1995)", "Se7en (1995)", "The Matrix (1999)", "M (1931)", "Z (1969)",
+    "12 Monkeys (1995)",
 ]  # fmt: skip
 GENRES = ["Action", "Comedy", "Drama", "Sci-Fi"]
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
@@ -136,16 +138,10 @@ def make_encoder(vocabulary: Vocabulary) -> Callable[..., AutoregressiveEncoder]
     """A small encoder over the small dataset's fields, in evaluation mode."""
 
     def make(**settings: object) -> AutoregressiveEncoder:
-        sizes: dict[str, object] = dict(
-            layers=2,
-            width=16,
-            heads=2,
-            feed_forward=32,
-            item_width=16,
-            field_width=4,
-            max_length=12,
-            dropout=0.0,
-        )
+        sizes: dict[str, object] = {
+            "layers": 2, "width": 16, "heads": 2, "feed_forward": 32, "item_width": 16, "field_width": 4,
+            "max_length": 12, "dropout": 0.0,
+        }  # fmt: skip
         torch.manual_seed(1)
         return encoder_for(vocabulary, AutoregressiveConfig(**(sizes | settings))).eval()  # type: ignore[arg-type]
 
@@ -219,6 +215,11 @@ def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@cache
+def _loaded(lm: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
+    return load(LanguageModelConfig(name=lm, dtype=dtype))  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="session")
 def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
     """A model as if trained with a strategy: every weight it trains is moved a little, and gates are open."""
@@ -226,7 +227,8 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
     def make(
         strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True, **fusion
     ) -> UserLLM:
-        base, tokenizer, reference = load(LanguageModelConfig(name=lm, dtype=dtype))
+        base, tokenizer, reference = _loaded(lm, dtype)
+        base = copy.deepcopy(base)
         torch.manual_seed(seed)
         adapter = Adapter.add(base, LoraConfig(rank=2)) if strategy == "lora" else None
         settings = {
@@ -239,7 +241,7 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
             tokenizer,
             make_encoder(max_length=max_length),
             FusionConfig(**(settings | fusion)),
-            {name: build_task(name, task, dataset.items) for name, task in TASKS.items()},
+            {name: build_task(name, replace(task), dataset.items) for name, task in TASKS.items()},
             stored.collator,
             reference,
             strategy,

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
@@ -38,8 +39,8 @@ class FusionConfig:
     layers: str = "all"
     """Fused layers: "all", "every:K" (every K-th, counted from the top) or "last:K" (paper: 18 gated layers)."""
     attend: Literal["text", "answer"] = "text"
-    """Which text attends to the user. "text": every token (paper). "answer" (ours): the prompt's last token and all that
-    follow; the rest of the prompt is read once for everybody, which makes training and answering several times faster."""
+    """Which text attends to the user. "text": every token (paper). "answer" (ours): the prompt's last token and all
+    that follow; the rest of the prompt is read once for everybody, which saves most of the work on short answers."""
     events: int = 50
     """Latest events whose embeddings the LM attends to (paper: 50, 100, 200)."""
     cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
@@ -263,7 +264,7 @@ class ContextualLM(nn.Module):
         cache.layers = [copy.copy(layer) for layer in stored.layers]
         if replayed:
             for layer in cache.layers[: self.attachment.first]:
-                assert layer.keys is not None
+                assert isinstance(layer, DynamicLayer) and layer.keys is not None
                 layer.keys = layer.values = torch.zeros(1, 1, layer.keys.shape[2], 1, device=prompt.device)
         cache.batch_repeat_interleave(rows)
         return cache
@@ -402,5 +403,6 @@ class TextInLM:
             # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
             stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)
             for layer in self.cache.layers[: self.model.attachment.first]:
+                assert isinstance(layer, DynamicLayer)
                 layer.update(stand_in, stand_in)
         return hidden[:, -1]

@@ -30,7 +30,7 @@ def by_full_forward(model, task, users, normalization):
     """Log-likelihood of every answer for every user: the LM's own logits over title and end."""
     answers, tokenizer = model.tasks[task].answers, model.tokenizer
     prompt = tokenizer(model.tasks[task].config.prompt)["input_ids"]
-    texts = [tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,) for a in answers]
+    texts = [(*tokenizer(f" {a}")["input_ids"], tokenizer.eos_token_id) for a in answers]
     longest = max(map(len, texts))
     ids = torch.tensor([[*prompt, *tokens, *[0] * (longest - len(tokens))] for tokens in texts])
     scores = torch.zeros(len(users.tokens), len(texts))
@@ -142,8 +142,7 @@ def test_losses_are_log_likelihoods_and_a_teacher_reads_child_by_child(make_mode
     close(-nll, model.answer_log_likelihood("next_item", answers, users))
     tokenizer = model.tokenizer
     texts = [
-        tuple(tokenizer(f" {a}")["input_ids"]) + (tokenizer.eos_token_id,)
-        for a in model.tasks["next_item"].answers
+        (*tokenizer(f" {a}")["input_ids"], tokenizer.eos_token_id) for a in model.tasks["next_item"].answers
     ]
     prompt = tokenizer(model.tasks["next_item"].config.prompt)["input_ids"]
     for row, answer in enumerate(answers.tolist()):

@@ -12,8 +12,11 @@ from userllm.evaluation.metrics import paired_gain, ranking_metrics
 SILENT = {"progress": lambda _text: None}
 
 
-def evaluator(model, dataset, split, stored, seed=0, **settings):
-    return ClosedEvaluator(model, dataset, split, stored, EvaluationConfig(**settings), seed, **SILENT)
+def evaluator(model, dataset, split, stored, seed=0, encoder=None, **settings):
+    encoder = encoder or model.encoder
+    return ClosedEvaluator(
+        model, encoder, dataset, split, stored, EvaluationConfig(**settings), seed, **SILENT
+    )
 
 
 def rank(scores, target, excluded=()):
@@ -37,7 +40,10 @@ def model(make_model):
 
 @pytest.mark.parametrize("exclude_seen", [True, False])
 @pytest.mark.parametrize("part", ["test", "validation"])
-def test_next_item(model, dataset, split, stored, part, exclude_seen):
+def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_seen):
+    first_stage = make_encoder(
+        max_length=8, layers=1
+    )  # the baseline is not the encoder that stage 2 trained on
     judge = evaluator(
         model, dataset, split, stored, part=part, exclude_seen=exclude_seen, list_length=7, batch=4
     )

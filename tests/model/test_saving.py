@@ -96,7 +96,7 @@ def test_a_model_moves_with_its_folder_and_its_lm(make_user_llm, dataset, tmp_pa
     base.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     monkeypatch.chdir(tmp_path)
-    model = make_user_llm(lm="./lm")
+    model = make_user_llm(lm="./lm")  # loaded once and kept: the name is used in this test alone
     model.save_pretrained("model")
     before = behaviour(model, dataset)
     (tmp_path / "elsewhere").mkdir()

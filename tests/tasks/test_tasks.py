@@ -75,7 +75,7 @@ def test_distinct_texts(titles):
 
 
 def test_settings_that_cannot_be_are_named(dataset):
-    with pytest.raises(UserError, match="task t: items have no field 'mood'; they have .*genres"):
+    with pytest.raises(UserError, match=r"task t: items have no field 'mood'; they have .*genres"):
         build_task("t", TaskConfig(kind="favorite_category", field="mood"), dataset.items)
     with pytest.raises(UserError, match="task t: teacher"):
         build_task("t", TaskConfig(kind="favorite_category", teacher=0.5), dataset.items)

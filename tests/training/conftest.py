@@ -21,7 +21,7 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """A with block in which training dies at a checkpoint's ``step``: just before or just after it is marked complete."""
+    """A with block in which training dies at the checkpoint of ``step``: just before or after it is marked complete."""
 
     @contextmanager
     def block(step: int, complete: bool = True) -> Iterator[None]:
@@ -34,9 +34,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             if state.global_step == step:
                 raise Interrupted
 
-        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        with monkeypatch.context() as patch:
             patch.setattr(trainer_module._MarkComplete, "on_save", on_save)
-            yield
+            with pytest.raises(Interrupted):
+                yield
 
     return block
 

@@ -24,7 +24,8 @@ class AnswerTexts:
     """Teacher-forced texts of E answers, padded on the right, and where their choices are.
 
     input_ids [E, T]; nodes_at [E, T] trie node at each position (-1 in prompt and padding).
-    For each of Q choices: row [Q] in E, position [Q] in T whose output makes it, node [Q] it is made at, child [Q] taken.
+    For each of Q choices: row [Q] in E, position [Q] in T whose output makes it, node [Q] it is made at, and the
+    child [Q] taken.
     """
 
     input_ids: Tensor

@@ -146,7 +146,7 @@ def search_free(
 
 
 def _by_user(user: Tensor, users: int) -> tuple[Tensor, Tensor]:
-    """A flat list whose entries are sorted by user, as a padded grid [users, most]: positions in the list, and which are real."""
+    """A flat list sorted by user as a padded grid [users, most]: positions in the list, and which are real."""
     counts = torch.bincount(user, minlength=users)
     first = torch.cumsum(counts, 0) - counts
     within = torch.arange(int(counts.max()) if len(user) else 0, device=user.device)

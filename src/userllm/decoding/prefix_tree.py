@@ -129,11 +129,19 @@ class PrefixTree:
         vocabulary, column = np.unique(tokens_by_node[1:], return_inverse=True)
         by_answer = np.empty_like(paths)
         by_answer[order] = paths
-        arrays = dict(
-            token=tokens_by_node, parent=parents, depth=np.concatenate(depth), low=np.concatenate(low),
-            high=np.concatenate(high), child_start=child_start, child_count=child_count,
-            column=np.concatenate([[0], column]), vocabulary=vocabulary, order=order, paths=by_answer,
-        )  # fmt: skip
+        arrays = {
+            "token": tokens_by_node,
+            "parent": parents,
+            "depth": np.concatenate(depth),
+            "low": np.concatenate(low),
+            "high": np.concatenate(high),
+            "child_start": child_start,
+            "child_count": child_count,
+            "column": np.concatenate([[0], column]),
+            "vocabulary": vocabulary,
+            "order": order,
+            "paths": by_answer,
+        }
         return cls(
             **{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()}
         )

@@ -68,7 +68,7 @@ class FieldTables(nn.Module):
         return self.fuse(torch.cat(parts, dim=-1))
 
     def scores(self, name: str, hidden: Tensor) -> Tensor:
-        """Logits of a field's values, [..., size - 2], from encoder outputs [..., U]; column j is vocabulary id j + 2."""
+        """Logits of a field's values, [..., size - 2], from encoder outputs [..., U]; column j is id j + 2."""
         return self.heads[name](hidden) @ self.table(name).T
 
     def losses(self, hidden: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

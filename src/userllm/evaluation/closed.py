@@ -157,9 +157,8 @@ class ClosedEvaluator:
             possible = torch.full((len(target),), length)
             if isinstance(task, NextItem) and self.config.exclude_seen:
                 excluded = seen_items(self.dataset, rows[part]).to(device)
-                excluded.scatter_(
-                    1, target[:, None], False
-                )  # a repeated item still has to be found, as in rank_of
+                # a repeated item still has to be found, as in rank_of
+                excluded.scatter_(1, target[:, None], False)
                 possible = (~excluded).sum(1).clamp_max(length)
             found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
             hit = found.answers == target[:, None]

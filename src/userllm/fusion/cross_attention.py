@@ -5,10 +5,10 @@
     user tokens        [B, M, U]  --norm--> keys, values (once per context, not per decoded token)
 
 Differences from the paper, and what it leaves out ("ours"): the ungated form of the paper sits inside a layer, between
-self-attention and feed-forward; here ``gate="none"`` sits at the same place as the gated form, between layers. Heads and
-head width are ours. ``scale="residual"`` (ours, default) multiplies the block's output by the root mean square of the text
-state it is added to: residual streams of pretrained LMs differ in size by orders of magnitude between layers and models, and a
-block that starts from random weights otherwise spends its first thousands of steps only growing to that size.
+self-attention and feed-forward; here ``gate="none"`` sits at the same place as the gated form, between layers. Heads
+and head width are ours. ``scale="residual"`` (ours, default) multiplies the block's output by the root mean square of
+the text state it is added to: residual streams of pretrained LMs differ in size by orders of magnitude between layers
+and models, and a block with random weights would first have to grow to that size.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CrossAttentionConfig:
     gate: Literal["tanh", "none"] = "tanh"
     """"tanh": output scaled by tanh(alpha), alpha one trainable scalar starting at 0 (paper eq. 4); "none": no gate."""
     recency: bool = True
-    """Whether heads look back to different depths (ours): head h's attention to an event falls by a fixed slope per event
-    since, from none at all to the latest event only. Not used behind a Perceiver, whose latents have no order."""
+    """Whether heads look back to different depths (ours): a head's attention to an event falls by a fixed slope per
+    event since, from none at all to the latest event only. Not used behind a Perceiver: latents have no order."""
     scale: Literal["residual", "none"] = "residual"
     """Whether the output is brought to the size of the text state it is added to (ours), or left as it is (paper)."""
 
@@ -90,7 +90,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         return hidden + update.to(hidden.dtype)
 
     def attention(self, hidden: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """The attention weights behind ``forward``, averaged over heads: [B*k, T, M]; rows of an empty user are zero."""
+        """The attention weights behind ``forward``, averaged over heads: [B*k, T, M]; zero for an empty user."""
         users = keys.shape[0]
         logits = self._queries(hidden, users) @ keys.transpose(-1, -2) / self.config.head_width**0.5
         logits = logits + self._bias(mask).clamp_min(torch.finfo(logits.dtype).min)
@@ -98,7 +98,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         return weights.mean(1).reshape(*hidden.shape[:2], -1)
 
     def _bias(self, allowed: Tensor) -> Tensor:
-        """What is added to the attention logits [B, H, 1, M]: minus infinity where not allowed, else minus slope * age."""
+        """Added to the attention logits, [B, H, 1, M]: minus infinity where not allowed, else minus slope * age."""
         age = torch.arange(allowed.shape[1] - 1, -1, -1, device=allowed.device)
         bias = -self.slopes[:, None] * age  # type: ignore[index]
         return torch.where(allowed[:, None, None, :], bias[None, :, None, :], -torch.inf)

@@ -45,7 +45,7 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """Write a plain peft folder. The LM must be detached from its cross-attention blocks."""
-        self._peft_model.save_pretrained(folder)
+        self._peft_model.save_pretrained(str(folder))
 
     def parameters(self) -> Iterator[Parameter]:
         """The adapter's weights."""

@@ -116,7 +116,7 @@ def distinct_texts(titles: Sequence[str]) -> list[str]:
 
 
 def build_task(name: str, config: TaskConfig, items: pl.DataFrame) -> ClosedTask:
-    """The task of a config over a catalogue. Raises UserError for settings that do not fit its kind or the catalogue."""
+    """The task of a config over a catalogue. Raises UserError for settings that fit neither its kind nor the data."""
     if not 0 <= config.teacher <= (1 if config.kind == "next_item" else 0):
         raise UserError(
             f"task {name}: teacher is {config.teacher}; it is in 0..1 for next_item, and 0 for other kinds"

@@ -51,7 +51,7 @@ class ContextualizeConfig:
 
 @dataclass
 class Examples:
-    """E examples over B histories: which history, how many of its events count, the task, and the right answer; all [E]."""
+    """E examples over B histories: which history, how many of its events count, the task, the answer; all [E]."""
 
     histories: HistoryBatch
     rows: Tensor
@@ -152,7 +152,7 @@ class ContextualizedLosses(nn.Module):
         device = self.model.lm.device
         histories = examples.histories.to(device)
         users = self.model.context(histories, examples.rows.to(device), examples.ends.to(device))
-        total, parts = torch.zeros((), device=device), {}
+        total, parts = 0 * users.tokens.sum(), {}  # no example of a batch may have a right answer
         for number, name in enumerate(examples.tasks):
             mine = torch.nonzero(examples.task == number)[:, 0].to(device)
             if len(mine) == 0:
@@ -185,7 +185,7 @@ def contextualize(
     evaluator: Callable[[], dict[str, float]] | None = None,
     eval_every: int | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``model`` in place, whose strategy must have been applied; resumes from ``folder``. Returns the log history."""
+    """Train ``model`` in place, its strategy applied before; resumes from ``folder``. Returns the log history."""
     if model.lm_is_frozen:
         model.store_lower_states()
     trainer = StageTrainer(

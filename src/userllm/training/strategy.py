@@ -17,7 +17,8 @@ class StrategyConfig:
     """
 
     name: Literal["full", "lora", "enc", "proj"] = "enc"
-    """full: LM + encoder + projection; lora: adapter + encoder + projection; enc: encoder + projection; proj: projection."""
+    """full: LM + encoder + projection; lora: adapter + encoder + projection; enc: encoder + projection;
+    proj: projection alone."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapter settings, used by "lora"."""
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer for both stages: batches that are a function of the step, small checkpoints, exact resumption."""
+"""transformers' Trainer for both stages: batches that are a function of the step, small checkpoints, exact resuming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPLETE = "complete"
 
 
 class StepBatches(ABC, Dataset[Any]):
-    """Training batches, each a pure function of (seed, step), so that a resumed run sees what an uninterrupted one saw."""
+    """Training batches, each a pure function of (seed, step): a resumed run sees what an uninterrupted one saw."""
 
     start = 0
 
@@ -159,7 +159,7 @@ class StageTrainer(Trainer):
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the weights of the best evaluation in ``best.safetensors`` and stops after ``patience`` without a better one.
+    """Keeps the best evaluation's weights in ``best.safetensors``; stops after ``patience`` without a better one.
 
     The log history is its only memory, and that is part of every checkpoint.
     """
@@ -172,13 +172,23 @@ class KeepBest(TrainerCallback):
             patience,
         )
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A training that was cut off after its last evaluation ends after one more step."""
+        values = self._values(state)
+        control.should_training_stop = bool(values) and self._since_best(values) >= self.patience
+
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        values = [entry[self.metric] for entry in state.log_history if self.metric in entry]
-        best = max(range(len(values)), key=lambda i: values[i])
-        if best == len(values) - 1:
+        since = self._since_best(self._values(state))
+        if since == 0:
             save_trainable(self.model, self.file)
-        elif len(values) - 1 - best >= self.patience:
+        elif since >= self.patience:
             control.should_training_stop = True
+
+    def _values(self, state: TrainerState) -> list[float]:
+        return [entry[self.metric] for entry in state.log_history if self.metric in entry]
+
+    def _since_best(self, values: list[float]) -> int:
+        return len(values) - 1 - max(range(len(values)), key=lambda i: values[i])
 
 
 class _MarkComplete(TrainerCallback):
