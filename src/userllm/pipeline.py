@@ -233,6 +233,7 @@ class Run:
         frozen = self.config.contextualize.strategy.name in ("enc", "proj")
         return {
             "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "dataset": {
                 "name": card.name,

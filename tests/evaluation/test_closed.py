@@ -38,15 +38,11 @@ def model(make_model):
     return make_model(max_length=8, events=6)
 
 
-@pytest.mark.parametrize("exclude_seen", [True, False])
-@pytest.mark.parametrize("part", ["test", "validation"])
+@pytest.mark.parametrize(("part", "exclude_seen"), [("test", True), ("validation", False)])
 def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_seen):
-    first_stage = make_encoder(
-        max_length=8, layers=1
-    )  # the baseline is not the encoder that stage 2 trained on
-    judge = evaluator(
-        model, dataset, split, stored, part=part, exclude_seen=exclude_seen, list_length=7, batch=4
-    )
+    first_stage = make_encoder(max_length=8, layers=1)  # the baseline is not the encoder that stage 2 trained
+    settings = {"part": part, "exclude_seen": exclude_seen, "list_length": 7, "batch": 4}
+    judge = evaluator(model, dataset, split, stored, encoder=first_stage, **settings)
     entry = judge.evaluate("next_item")
     rows = split.examples(part, max_length=8)
     assert (entry["n"], entry["N"], entry["invalid_items"]) == (len(rows), len(rows), 0)
@@ -66,11 +62,7 @@ def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_se
         items = dataset.events["item"][dataset.offsets[user] :]
         target, seen = int(items[stop]), set(items[:stop].tolist()) if exclude_seen else ()
         with torch.no_grad():
-            own = (
-                model.encoder.item_scores(model.encoder(stored.batch(row[None]))[0, -1])
-                .log_softmax(-1)
-                .numpy()
-            )
+            own = first_stage.item_scores(first_stage(stored.batch(row[None]))[0, -1]).log_softmax(-1).numpy()
         systems = {
             "user_llm": with_history(row),
             "user_llm_shuffled": with_history(rows[judge.other[place]]),

@@ -42,18 +42,21 @@ def test_pretraining(run_pretrain, interrupted, same_weights, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "lm"),
-    [("enc", "tiny-random-llama"), ("lora", "tiny-random-gpt2"), ("full", "tiny-random-llama")],
+    ("strategy", "lm", "cuts"),
+    [
+        ("enc", "tiny-random-llama", [(4, True), (8, False)]),
+        ("lora", "tiny-random-gpt2", [(8, False)]),  # an LM with dropout
+        ("full", "tiny-random-llama", [(8, True)]),
+    ],
 )
-def test_contextualization(run_contextualize, interrupted, same_weights, tmp_path, strategy, lm):
+def test_contextualization(run_contextualize, interrupted, same_weights, tmp_path, strategy, lm, cuts):
     whole, before, history = run_contextualize(tmp_path / "whole" / "contextualize", strategy, lm)
     changed = [name for name, weight in whole.state_dict().items() if not torch.equal(weight, before[name])]
     assert any(".block.gate" in name for name in changed)
     folder = tmp_path / "cut" / "contextualize"
-    with interrupted(step=4):
-        run_contextualize(folder, strategy, lm)
-    with interrupted(step=8, complete=False):
-        run_contextualize(folder, strategy, lm)
+    for step, complete in cuts:
+        with interrupted(step, complete):
+            run_contextualize(folder, strategy, lm)
     resumed, _, second = run_contextualize(folder, strategy, lm)
     same_weights(resumed, whole)
     assert without_times(second) == without_times(history)

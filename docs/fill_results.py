@@ -1,0 +1,137 @@
+"""Copies measured results into the marked blocks of README.md and docs/: no number in them is typed by hand.
+
+    python docs/fill_results.py
+
+Reads docs/results/<run>/metrics.json and docs/results/benchmarks/*.json; a block whose file is not there says "not run yet".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+SYSTEMS = {
+    "user_llm": "User-LLM",
+    "user_llm_shuffled": "User-LLM, another user's history",
+    "no_user": "the same LM, no user",
+    "encoder": "the encoder's own ranking",
+    "popularity": "popularity",
+    "majority": "majority genre",
+    "exact": "counting (upper bound)",
+}
+
+
+def interval(entry: dict[str, float]) -> str:
+    """``value [low, high]``."""
+    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def run_block(name: str, command: str) -> str | None:
+    """Tables of one run, or None where it has not been run."""
+    file = RESULTS / name / "metrics.json"
+    if not file.exists():
+        return None
+    metrics: dict[str, Any] = json.loads(file.read_text())
+    lines = []
+    for task, entry in metrics["tasks"].items():
+        keys = ["recall@1", "recall@5", "recall@10", "ndcg@10"] if task == "next_item" else ["recall@1", "recall@5"]
+        lines += [f"{task.replace('_', ' ').capitalize()}, n = {entry['n']} of {entry['N']} test users:", ""]
+        lines += ["| system | " + " | ".join(keys) + " |", "|---|" + "---|" * len(keys)]
+        for system, label in SYSTEMS.items():
+            if system in entry:
+                lines.append(f"| {label} | " + " | ".join(interval(entry[system][key]) for key in keys) + " |")
+        gains = entry["gain_nats"]
+        lines += ["", f"Log-likelihood of the truth: {interval(gains['over_shuffled'])} nats over another user's history, "
+                  f"{interval(gains['over_no_user'])} over no user. Invalid items: {entry['invalid_items']}.", ""]
+    seconds = sum(metrics["timings_s"].values())
+    lines += [
+        f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, {metrics['hardware']}; "
+        f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:.0f} MiB. {metrics['dataset']['name']} fingerprint "
+        f"{metrics['dataset']['fingerprint'][:12]}, split {metrics['split']['kind']} {metrics['split']['fingerprint'][:12]}; "
+        f"ties: {metrics['split']['tie_rule']}. LM: {metrics['lm']['source']}.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def file_date(name: str) -> str:
+    """The date a run was made, as its record says."""
+    return str(json.loads((RESULTS / name / "metrics.json").read_text()).get("date", "date not recorded"))
+
+
+def bench_block(name: str, command: str, rows: Callable[[dict[str, Any]], list[str]]) -> str | None:
+    """A benchmark's ratios, or None where it has not been run."""
+    file = RESULTS / "benchmarks" / f"{name}.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    where = f"`{command}`, commit {result['commit'][:12]}, {result['date']}, {result['hardware']}."
+    return "\n".join([*rows(result), "", where])
+
+
+def spread(ratio: dict[str, float]) -> str:
+    """``median x (min to max)``."""
+    return f"**{ratio['median']:.2f}x** ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)"
+
+
+def encoder_block() -> str | None:
+    """Our encoder beside RecTools' SASRec."""
+    ours, theirs = RESULTS / "movielens-1m" / "encoder.json", RESULTS / "benchmarks" / "rectools_sasrec.json"
+    if not ours.exists() or not theirs.exists():
+        return None
+    mine, other = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    best = other["best"]
+    return "\n".join([
+        "| encoder | recall@10 | ndcg@10 | n |", "|---|---|---|---|",
+        f"| userllm, {mine['layers']} x {mine['width']} | {interval(mine['recall@10'])} | "
+        f"{interval(mine['ndcg@10'])} | {mine['n']} |",
+        f"| RecTools SASRec, softmax, epoch {best['epoch']} (best validation; stopped: {other['stopped']}) | "
+        f"{best['test']['recall@10']:.3f} | {best['test']['ndcg@10']:.3f} | {other['data']['users']} |",
+        "", f"Commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}; RecTools {other['versions']['rectools']}.",
+    ])  # fmt: skip
+
+
+def fill(file: Path, block: str, text: str | None) -> None:
+    """Replace what stands between a block's markers."""
+    content = file.read_text(encoding="utf-8")
+    start, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    if start not in content:
+        return
+    before, rest = content.split(start, 1)
+    _, after = rest.split(end, 1)
+    file.write_text(f"{before}{start}\n\n{text or 'Not run yet.'}\n\n{end}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Fill every block."""
+    blocks = {
+        "demo-results": run_block("demo", "make demo"),
+        "movielens-1m-results": run_block("movielens-1m", "userllm run configs/movielens-1m.yaml"),
+        "encoder-results": encoder_block(),
+        "pretraining-performance": bench_block(
+            "pretraining",
+            ".venv-bench/bin/python benchmarks/pretraining.py",
+            lambda r: [
+                f"Over RecTools as released: {spread(r['over_rectools'])}; over RecTools with logits at target positions only: "
+                f"{spread(r['over_rectools_targets'])}. {r['layers']} x {r['width']}, history {r['history']}."
+            ],
+        ),
+        "contextualization-performance": bench_block(
+            "contextualization", "python benchmarks/bench_contextualization.py", lambda r: [spread(r["ratio"])]
+        ),
+        "decoding-performance": bench_block(
+            "decoding",
+            "python benchmarks/bench_decoding.py",
+            lambda r: [f"Speed with the constraint over speed without: {spread(r['constrained_over_unconstrained'])}."],
+        ),
+    }
+    for name, text in blocks.items():
+        for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+            fill(file, name, text)
+
+
+if __name__ == "__main__":
+    main()
