@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from userllm.contextual import ContextualLM, FusionConfig
 from userllm.data.collation import StoredHistories
@@ -167,9 +167,16 @@ def make_model(
         stir: bool = True,
         max_length: int = 12,
         attend: str = "text",
+        other_config: tuple[str, dict[str, int]] | None = None,
         prompt: str = "What will the user watch next? A movie that they have not seen before, surely; namely",
     ) -> ContextualLM:
         lm, tokenizer = tiny_lm(architecture)
+        if other_config is not None:  # an LM that tiny.py does not know
+            torch.manual_seed(3)
+            sizes = other_config[1] | {"vocab_size": len(tokenizer)}
+            lm = AutoModelForCausalLM.from_config(CONFIG_MAPPING[other_config[0]](**sizes)).eval()
+            for weight in lm.parameters():
+                weight.data *= 5 if weight.ndim > 1 else 1
         cross = CrossAttentionConfig(heads=2, head_width=8, gate=gate, scale=scale)  # type: ignore[arg-type]
         tasks = {
             "next_item": TaskConfig(prompt=prompt, normalization=normalization),  # type: ignore[arg-type]

@@ -94,6 +94,10 @@ class ContextualLM(nn.Module):
         tasks: Mapping[str, ClosedTask],
     ):
         super().__init__()
+        if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=lm.config).layers):
+            raise UserError(
+                f"{type(lm).__name__} keeps a recurrent state; userllm needs an LM with attention in every layer"
+            )
         self.lm = lm
         self.tokenizer = tokenizer
         self.encoder = encoder

@@ -57,16 +57,21 @@ def per_user(users):
     return [users.select(torch.tensor([i])) for i in range(len(users.tokens))]
 
 
-@pytest.mark.parametrize("attend", ["text", "answer"])
+ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "normalization", "task"),
+    ("architecture", "normalization", "task", "attend"),
     [
         *(
-            (name, "catalogue", "next_item")
-            for name in ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+            (name, "catalogue", "next_item", attend)
+            for name in ARCHITECTURES
+            for attend in ("text", "answer")
         ),
-        *((name, "vocabulary", "next_item") for name in ["llama", "gemma3", "gpt2"]),
-        *(("llama", normalization, "favorite_genre") for normalization in ["catalogue", "vocabulary"]),
+        ("llama", "vocabulary", "next_item", "text"),
+        ("gemma3", "vocabulary", "next_item", "answer"),
+        ("opt", "vocabulary", "favorite_genre", "text"),
+        ("llama", "catalogue", "favorite_genre", "answer"),
     ],
 )
 def test_every_way_to_a_score_agrees(make_model, histories, architecture, normalization, task, attend):
@@ -117,6 +122,33 @@ def test_other_fused_layers_and_a_perceiver(make_model, histories, normalization
     assert bool(model._lower) == (layers != "all" and normalization == "catalogue")
     ranking = model.rank_answers("next_item", users, k=20, beams=20)
     close(ranking.scores, expected.sort(dim=1, descending=True).values)
+
+
+OTHERS = {
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},  # a layer returns a tuple; no positions but a slope
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
+}
+
+
+@pytest.mark.parametrize("attend", ["text", "answer"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_lms_whose_layers_return_tuples(make_model, histories, name, attend):
+    model = make_model(other_config=(name, OTHERS[name]), attend=attend)
+    model.check_head()
+    with torch.no_grad():
+        users = model.context(histories)
+    expected = by_full_forward(model, "next_item", users, "catalogue")
+    for _ in range(2):
+        ranking = model.rank_answers("next_item", users, k=20, beams=20)
+        close(ranking.scores, expected.sort(dim=1, descending=True).values)
+        model.store_lower_states()
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
+def test_recurrent_lms_are_refused(make_model, name):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    with pytest.raises(UserError, match="keeps a recurrent state"):
+        make_model(other_config=(name, sizes))
 
 
 def test_excluded_items_are_passed_over(make_model, histories):

@@ -97,6 +97,7 @@ class ReplayLayer(nn.Module):
         self.layer = layer
         self.index = index
         self.slot = slot
+        self.returns_tuple = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,9 +107,12 @@ class ReplayLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.slot.replay is None:
-            return self.layer(hidden_states, *args, **kwargs)
+            output = self.layer(hidden_states, *args, **kwargs)
+            self.returns_tuple = isinstance(output, tuple)
+            return output
         # the first layer swaps the embeddings for the stored states, the others hand them on
-        return self.slot.replay if self.index == 0 else hidden_states
+        states = self.slot.replay if self.index == 0 else hidden_states
+        return (states,) if self.returns_tuple else states  # as the layer itself did when the states were stored
 
 
 def find_layers(lm: nn.Module) -> nn.ModuleList:
