@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
@@ -94,7 +94,10 @@ class ContextualLM(nn.Module):
         tasks: Mapping[str, ClosedTask],
     ):
         super().__init__()
-        if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=lm.config).layers):
+        layers = DynamicCache(config=lm.config).layers
+        if not all(
+            isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers
+        ):
             raise UserError(
                 f"{type(lm).__name__} keeps a recurrent state; userllm needs an LM with attention in every layer"
             )

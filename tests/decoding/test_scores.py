@@ -125,7 +125,11 @@ def test_other_fused_layers_and_a_perceiver(make_model, histories, normalization
 
 
 OTHERS = {
-    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},  # a layer returns a tuple; no positions but a slope
+    "bloom": {
+        "hidden_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+    },  # a layer returns a tuple; no positions but a slope
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
 }
 
@@ -144,7 +148,7 @@ def test_lms_whose_layers_return_tuples(make_model, histories, name, attend):
         model.store_lower_states()
 
 
-@pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "falcon_h1"])
 def test_recurrent_lms_are_refused(make_model, name):
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
     with pytest.raises(UserError, match="keeps a recurrent state"):

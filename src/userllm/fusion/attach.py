@@ -112,7 +112,9 @@ class ReplayLayer(nn.Module):
             return output
         # the first layer swaps the embeddings for the stored states, the others hand them on
         states = self.slot.replay if self.index == 0 else hidden_states
-        return (states,) if self.returns_tuple else states  # as the layer itself did when the states were stored
+        return (
+            (states,) if self.returns_tuple else states
+        )  # as the layer itself did when the states were stored
 
 
 def find_layers(lm: nn.Module) -> nn.ModuleList:
