@@ -137,8 +137,11 @@ class ContextualLM(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContextualLM:
-        """Behind ``to``, ``double`` and so on: the answers follow the LM to its device, stored states are dropped."""
+        """Behind ``to``, ``double`` and so on: the answers follow the LM; stored states are dropped if it changed."""
+        before = self.lm.device, self.lm.dtype
         super()._apply(fn, recurse)
+        if (self.lm.device, self.lm.dtype) == before:
+            return self
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
         self.forget_lower_states()
         return self

@@ -186,8 +186,6 @@ def contextualize(
     eval_every: int | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, its strategy applied before; resumes from ``folder``. Returns the log history."""
-    if model.lm_is_frozen:
-        model.store_lower_states()
     trainer = StageTrainer(
         ContextualizedLosses(model),
         training_arguments(folder, config.optimization, config.steps, seed, eval_every),
@@ -200,4 +198,6 @@ def contextualize(
             "model.lm.": config.lm_rate,
         },
     )
+    if model.lm_is_frozen:  # after the Trainer has put the model on its device
+        model.store_lower_states()
     return trainer.run()
