@@ -1,6 +1,6 @@
 """The pretrained encoder's own leave-last-out ranking of the full catalogue, for the table beside RecTools' SASRec.
 
-Same split, tie rule, exclusion of seen items and metrics as ``rectools_sasrec.py``: all users, the last event is the target.
+Same split, tie rule, exclusion of seen items and metrics as ``rectools_sasrec.py``: all users, last event as target.
 
     python benchmarks/encoder_recall.py --config configs/movielens-1m.yaml --out docs/results/movielens-1m
 """
@@ -21,7 +21,9 @@ from userllm.pipeline import Run, commit, hardware
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/movielens-1m"))
     parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")

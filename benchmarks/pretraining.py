@@ -16,11 +16,11 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-import rectools_sasrec as reference
 import torch
-from measure import alternate, ratio, write_result
 from rectools.models import SASRecModel
 
+import rectools_sasrec as reference
+from measure import alternate, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import encoder_for
 from userllm.pipeline import Run

@@ -2,7 +2,7 @@
 
     python docs/fill_results.py
 
-Reads docs/results/<run>/metrics.json and docs/results/benchmarks/*.json; a block whose file is not there says "not run yet".
+Reads docs/results/<run>/metrics.json and docs/results/benchmarks/*.json; a block without its file says "not run yet".
 """
 
 from __future__ import annotations
@@ -38,20 +38,32 @@ def run_block(name: str, command: str) -> str | None:
     metrics: dict[str, Any] = json.loads(file.read_text())
     lines = []
     for task, entry in metrics["tasks"].items():
-        keys = ["recall@1", "recall@5", "recall@10", "ndcg@10"] if task == "next_item" else ["recall@1", "recall@5"]
+        keys = (
+            ["recall@1", "recall@5", "recall@10", "ndcg@10"]
+            if task == "next_item"
+            else ["recall@1", "recall@5"]
+        )
         lines += [f"{task.replace('_', ' ').capitalize()}, n = {entry['n']} of {entry['N']} test users:", ""]
         lines += ["| system | " + " | ".join(keys) + " |", "|---|" + "---|" * len(keys)]
         for system, label in SYSTEMS.items():
             if system in entry:
-                lines.append(f"| {label} | " + " | ".join(interval(entry[system][key]) for key in keys) + " |")
+                lines.append(
+                    f"| {label} | " + " | ".join(interval(entry[system][key]) for key in keys) + " |"
+                )
         gains = entry["gain_nats"]
-        lines += ["", f"Log-likelihood of the truth: {interval(gains['over_shuffled'])} nats over another user's history, "
-                  f"{interval(gains['over_no_user'])} over no user. Invalid items: {entry['invalid_items']}.", ""]
+        lines += [
+            "",
+            f"Log-likelihood of the truth: {interval(gains['over_shuffled'])} nats over another user's, "
+            f"{interval(gains['over_no_user'])} over no user. Invalid items: {entry['invalid_items']}.",
+            "",
+        ]
     seconds = sum(metrics["timings_s"].values())
     lines += [
-        f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, {metrics['hardware']}; "
+        f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, "
+        f"{metrics['hardware']}; "
         f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:.0f} MiB. {metrics['dataset']['name']} fingerprint "
-        f"{metrics['dataset']['fingerprint'][:12]}, split {metrics['split']['kind']} {metrics['split']['fingerprint'][:12]}; "
+        f"{metrics['dataset']['fingerprint'][:12]}, split {metrics['split']['kind']} "
+        f"{metrics['split']['fingerprint'][:12]}; "
         f"ties: {metrics['split']['tie_rule']}. LM: {metrics['lm']['source']}.",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -90,7 +102,8 @@ def encoder_block() -> str | None:
         f"{interval(mine['ndcg@10'])} | {mine['n']} |",
         f"| RecTools SASRec, softmax, epoch {best['epoch']} (best validation; stopped: {other['stopped']}) | "
         f"{best['test']['recall@10']:.3f} | {best['test']['ndcg@10']:.3f} | {other['data']['users']} |",
-        "", f"Commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}; RecTools {other['versions']['rectools']}.",
+        "", f"Commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}; RecTools "
+        f"{other['versions']['rectools']}.",
     ])  # fmt: skip
 
 
@@ -115,17 +128,21 @@ def main() -> None:
             "pretraining",
             ".venv-bench/bin/python benchmarks/pretraining.py",
             lambda r: [
-                f"Over RecTools as released: {spread(r['over_rectools'])}; over RecTools with logits at target positions only: "
+                f"Over RecTools as released: {spread(r['over_rectools'])}; over RecTools with logits at targets only: "
                 f"{spread(r['over_rectools_targets'])}. {r['layers']} x {r['width']}, history {r['history']}."
             ],
         ),
         "contextualization-performance": bench_block(
-            "contextualization", "python benchmarks/bench_contextualization.py", lambda r: [spread(r["ratio"])]
+            "contextualization",
+            "python benchmarks/bench_contextualization.py",
+            lambda r: [spread(r["ratio"])],
         ),
         "decoding-performance": bench_block(
             "decoding",
             "python benchmarks/bench_decoding.py",
-            lambda r: [f"Speed with the constraint over speed without: {spread(r['constrained_over_unconstrained'])}."],
+            lambda r: [
+                f"Speed with the constraint over speed without: {spread(r['constrained_over_unconstrained'])}."
+            ],
         ),
     }
     for name, text in blocks.items():
