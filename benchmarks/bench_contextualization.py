@@ -12,12 +12,9 @@ trainable weights. Only the last 8 layers are fused.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
-from measure import alternate, ratio, write_result
+from measure import alternate, argument_parser, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import UserLLM
 from userllm.pipeline import Run
@@ -47,14 +44,9 @@ def naive_loss(model: UserLLM, examples: Examples, embeddings: torch.nn.Module) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="userllm steps per round")
-    parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")
     args = parser.parse_args()
     fixed = ["name=benchmark", "pretrain=null", "fusion.layers=last:8", "contextualize.strategy.name=enc"]
     config, plain = load_config(args.config, [*fixed, *args.overrides])

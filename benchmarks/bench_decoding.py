@@ -10,12 +10,9 @@ difference is the trie. The unconstrained search is given as many steps as the c
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 
-from measure import alternate, ratio, write_result
+from measure import alternate, argument_parser, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.contextual import TextInLM
 from userllm.decoding.answers import ClosedAnswers
@@ -34,15 +31,10 @@ class _Counting(TextInLM):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--beams", type=int, default=10)
-    parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")
     args = parser.parse_args()
     config, plain = load_config(args.config, ["name=benchmark", "pretrain=null", *args.overrides])
     config.tasks = {"next_item": config.tasks["next_item"]}

@@ -7,12 +7,11 @@ Same split, tie rule, exclusion of seen items and metrics as ``rectools_sasrec.p
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from pathlib import Path
 
+from measure import argument_parser
 from userllm.cli.configuration import load_config
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
@@ -21,12 +20,7 @@ from userllm.pipeline import Run, commit, hardware
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/movielens-1m"))
-    parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")
+    parser = argument_parser(__doc__, "docs/results/movielens-1m")
     args = parser.parse_args()
     config, plain = load_config(args.config, args.overrides)
     run = Run(config, plain)

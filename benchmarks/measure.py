@@ -6,6 +6,7 @@ other, and the median of the rounds' ratios counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -15,6 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from userllm.pipeline import commit, hardware
+
+
+def argument_parser(doc: str | None, out: str = "docs/results/benchmarks") -> argparse.ArgumentParser:
+    """The arguments every script on a configuration takes; a script adds its own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")
+    return parser
 
 
 def alternate(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

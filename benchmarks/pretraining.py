@@ -11,16 +11,14 @@ RecTools does not.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rectools.models import SASRecModel
 
 import rectools_sasrec as reference
-from measure import alternate, ratio, write_result
+from measure import alternate, argument_parser, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import encoder_for
 from userllm.pipeline import Run
@@ -81,15 +79,10 @@ def userllm_way(run: Run, config: PretrainConfig, events: int) -> Callable[[], f
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=Path("configs/movielens-1m.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--events", type=int, default=20000, help="events per way and round")
     parser.add_argument("--sequences", type=int, default=32, help="RecTools' batch, in sequences")
-    parser.add_argument("overrides", nargs="*", help="a.b=c overrides of the configuration")
     args = parser.parse_args()
     config, plain = load_config(args.config, ["name=benchmark", *args.overrides])
     run = Run(config, plain)

@@ -16,8 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 from userllm.contextual import ContextualLM, FusionConfig
 from userllm.data.collation import StoredHistories
+from userllm.data.sources.movielens import FIELDS
 from userllm.data.splits import Split, SplitConfig
-from userllm.data.store import Dataset, FieldSpec, Source, write_dataset
+from userllm.data.store import Dataset, Source, write_dataset
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
 from userllm.events import HistoryBatch
@@ -78,13 +79,6 @@ def dataset(catalogue: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -
         for step, item in enumerate(rng.permutation(len(TITLES))[: 3 + (user * 7) % 17])
     ]
     events = pl.DataFrame(rows, schema=["user", "item", "time", "rating"], orient="row")
-    fields = [
-        FieldSpec("item", "event", "single"),
-        FieldSpec("rating", "event", "single"),
-        FieldSpec("genres", "item", "multi"),
-        FieldSpec("year", "item", "single"),
-        FieldSpec("title", "item", "text"),
-    ]
     return write_dataset(
         tmp_path_factory.mktemp("dataset") / "small",
         events,
@@ -92,7 +86,7 @@ def dataset(catalogue: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -
         pl.DataFrame({"id": [f"u{n}" for n in range(24)]}),
         name="small",
         source=Source("made", "a test", "none", "0" * 64, "path"),
-        fields=fields,
+        fields=FIELDS,
     )
 
 

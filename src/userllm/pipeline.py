@@ -143,7 +143,6 @@ class Run:
             if todo:
                 self._need("dataset", "data")
                 model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
-                model.lm_is_frozen = self.config.contextualize.strategy.name in ("enc", "proj")
                 model.store_lower_states()
                 evaluator = ClosedEvaluator(
                     model, self.load_encoder(), self.dataset, self.split, self.stored, self.config.evaluation,

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from userllm.data import Dataset, FieldSpec, Source, write_dataset
-from userllm.data.sources.movielens import GENRES_100K
+from userllm.data import Dataset, Source, write_dataset
+from userllm.data.sources.movielens import FIELDS, GENRES_100K
 
 MOVIES = [  # id, title without year, last bracket, genres
     (1, "Toy Story", "1995", ["Animation", "Children's", "Comedy"]),
@@ -129,15 +129,8 @@ def dataset_of_lengths(folder: Path, lengths: list[int], items: int = 30) -> Dat
         }
     )
     users = pl.DataFrame({"id": [f"u{n}" for n in range(len(lengths))]})
-    fields = [
-        FieldSpec("item", "event", "single"),
-        FieldSpec("rating", "event", "single"),
-        FieldSpec("genres", "item", "multi"),
-        FieldSpec("year", "item", "single"),
-        FieldSpec("title", "item", "text"),
-    ]
     source = Source("made", "a test", "none", "0" * 64, "path")
-    return write_dataset(folder, events, catalogue, users, name="made", source=source, fields=fields)
+    return write_dataset(folder, events, catalogue, users, name="made", source=source, fields=FIELDS)
 
 
 @pytest.fixture
