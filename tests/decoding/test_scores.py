@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from userllm.contextual import TextInLM
+from userllm.text_in_lm import TextInLM
 from userllm.decoding.beam_search import search_free
 from userllm.errors import UserError
 
