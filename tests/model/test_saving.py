@@ -27,12 +27,29 @@ VARIANTS = {
 }
 
 
+class Behaviour:
+    """What a model says: texts and choices exactly, numbers to float rounding (it follows where weights lie in memory)."""
+
+    def __init__(self, model, dataset):
+        histories = [dataset.history(user) for user in (2, 5, 7)]
+        lists = model.recommend(histories, 5) + model.recommend(histories, 3, task="favorite_genre")
+        flat = [r for answers in lists for r in answers]
+        texts = [model.generate("The user likes", one, max_new_tokens=4) for one in [histories[1], None]]
+        weights = [] if model.config.perceiver else [a.weight for a in model.explain(histories[2])]
+        self.words = [(r.item, r.title) for r in flat], texts
+        self.numbers = [
+            *(r.log_likelihood for r in flat),
+            *weights,
+            *model.encode(histories[1]).flatten().tolist(),
+            *model.gates.values(),
+        ]
+
+    def __eq__(self, other):
+        return self.words == other.words and self.numbers == pytest.approx(other.numbers, abs=1e-5)
+
+
 def behaviour(model, dataset):
-    histories = [dataset.history(user) for user in (2, 5, 7)]
-    lists = model.recommend(histories, 5) + model.recommend(histories, 3, task="favorite_genre")
-    texts = [model.generate("The user likes", history, max_new_tokens=4) for history in [histories[1], None]]
-    weights = [] if model.config.perceiver else [a.weight for a in model.explain(histories[2])]
-    return lists, texts, weights, model.encode(histories[1]).tolist(), model.gates
+    return Behaviour(model, dataset)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
