@@ -343,6 +343,10 @@ class ContextualLM(nn.Module):
             self._hidden(input_ids, None, cache)
         return cache
 
+    @property
+    def _checkpointed(self) -> bool:
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.attachment.layers.modules())
+
     def _hidden(
         self,
         text: Tensor,
@@ -355,7 +359,7 @@ class ContextualLM(nn.Module):
         mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
         needs none: no position sees it.
         """
-        if cache is not None and self.lm.training and getattr(self.lm, "is_gradient_checkpointing", False):
+        if cache is not None and self.lm.training and self._checkpointed:
             raise UserError(
                 'gradient checkpointing drops the keys and values that fusion.attend "answer" needs; use "text"'
             )
