@@ -345,7 +345,9 @@ class ContextualLM(nn.Module):
 
     @property
     def _checkpointed(self) -> bool:
-        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.attachment.layers.modules())
+        return any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self.attachment.layers.modules()
+        )
 
     def _hidden(
         self,

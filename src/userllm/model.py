@@ -356,9 +356,7 @@ class UserLLM(ContextualLM):
     def _fusion_weights(self) -> dict[str, Tensor]:
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
-            weights |= {
-                f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()
-            }
+            weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights

@@ -22,7 +22,12 @@ class TextInLM:
     """
 
     def __init__(
-        self, model: ContextualLM, users: int, task: str, replay: bool = True, context: UserContext | None = None
+        self,
+        model: ContextualLM,
+        users: int,
+        task: str,
+        replay: bool = True,
+        context: UserContext | None = None,
     ):
         self.model = model
         self.users = users

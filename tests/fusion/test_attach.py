@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from userllm.fusion.config import FusionConfig
 from userllm.errors import UserError
 from userllm.fusion.attach import Attachment, FusedLayer, ReplayLayer, UserContext, find_layers
+from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock, CrossAttentionConfig
 
 every_architecture = pytest.mark.parametrize(

@@ -139,7 +139,11 @@ def test_soft_prompt_parts_and_size():
     assert user.shape == (3, 5, 32) and real is mask
     assert float(user.pow(2).mean().sqrt()) == pytest.approx(0.05, rel=0.3)
     assert float(task.pow(2).mean().sqrt()) == pytest.approx(0.05, rel=0.3)
-    assert SoftPrompt(SoftPromptConfig(task_tokens=0), "mlp", 16, 32, 1.0)(tokens, mask)[0][0].shape == (3, 0, 32)
+    assert SoftPrompt(SoftPromptConfig(task_tokens=0), "mlp", 16, 32, 1.0)(tokens, mask)[0][0].shape == (
+        3,
+        0,
+        32,
+    )
 
 
 @every_variant
@@ -152,7 +156,7 @@ def test_gradients_reach_what_should_learn(make_user_llm, stored, variant):
         for name, weight in model.named_parameters()
         if weight.requires_grad and weight.grad is None and "gate" not in name
     ]
-    assert idle == [] or variant == "text" and not any("lora" in name for name in idle), idle
+    assert idle == [] or (variant == "text" and not any("lora" in name for name in idle)), idle
 
 
 # ---- histories as text ------------------------------------------------------------------------------------------

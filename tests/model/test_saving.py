@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 class Behaviour:
-    """What a model says: texts and choices exactly, numbers to float rounding (it follows where weights lie in memory)."""
+    """What a model says: texts and choices exactly, numbers to float rounding: that follows where weights lie."""
 
     def __init__(self, model, dataset):
         histories = [dataset.history(user) for user in (2, 5, 7)]

@@ -1,4 +1,4 @@
-"""The alignment step: its loss is a softmax over titles, it learns, it resumes, and it trains what the strategy does."""
+"""The alignment step: its loss is a softmax over titles, it learns, it resumes."""
 
 import pytest
 import torch
@@ -93,9 +93,7 @@ def test_it_resumes(make_user_llm, dataset, split, stored, tmp_path, interrupted
 def test_it_comes_before_contextualization(run_contextualize, tmp_path):
     model, before, _ = run_contextualize(tmp_path / "c", "proj", alignment=config_of(steps=4))
     assert (tmp_path / "c" / "alignment" / "aligned.safetensors").exists()
-    assert all(
-        torch.equal(before[n], w) for n, w in model.state_dict().items() if n.startswith("encoder.")
-    )
+    assert all(torch.equal(before[n], w) for n, w in model.state_dict().items() if n.startswith("encoder."))
 
 
 def test_it_needs_user_tokens(make_user_llm):

@@ -29,7 +29,8 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``prefix`` stands before the prompt. ``recorded`` collects attention weights per layer where a list is given.
+    when the context goes. ``prefix`` stands before the prompt. ``recorded`` collects attention weights per layer where
+    a list is given.
     """
 
     tokens: Tensor
@@ -142,8 +143,8 @@ def find_layers(lm: nn.Module) -> nn.ModuleList:
 class Attachment:
     """Cross-attention blocks attached to a language model.
 
-    ``blocks`` maps the index of each fused layer to its block; without any, nothing is attached. The language model must have its LoRA adapters, if
-    any, before it is attached.
+    ``blocks`` maps the index of each fused layer to its block; without any, nothing is attached. The language model
+    must have its LoRA adapters, if any, before it is attached.
     """
 
     def __init__(self, lm: PreTrainedModel, blocks: dict[int, CrossAttentionBlock]):

@@ -50,9 +50,7 @@ class Prefix:
         if rows == len(self):
             return self
         copies = rows // len(self)
-        return Prefix(
-            self.embeddings.repeat_interleave(copies, 0), self.mask.repeat_interleave(copies, 0)
-        )
+        return Prefix(self.embeddings.repeat_interleave(copies, 0), self.mask.repeat_interleave(copies, 0))
 
     def then(self, embeddings: Tensor) -> Prefix:
         """Prefix and text [B, T, D] (no padding, or padding on its right) as one sequence."""

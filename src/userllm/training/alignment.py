@@ -1,8 +1,8 @@
 """An optional first step of stage 2: user embeddings are brought into the language model's own space (ours).
 
-Contrastive, between what the fusion makes of a user's latest token and the language model's embeddings of the title that
-came next: a softmax over the whole catalogue, no pass through the language model. The papers start stage 2 from a random
-projection; theirs is the default.
+Contrastive, between what the fusion makes of a user's latest token and the language model's embeddings of the title
+that came next: a softmax over the whole catalogue, no pass through the language model. The papers start stage 2 from a
+random projection; theirs is the default.
 
     soft prompt       the projected user token          against the mean *input* embedding of a title's tokens
     cross-attention   the topmost block's value -> out  against the mean *output* embedding of a title's tokens
@@ -86,19 +86,22 @@ class Alignment(nn.Module):
         """What the language model is shown of each user's latest token (of all latents, behind a Perceiver): [E, D]."""
         latest = tokens[:, -1] if self.model.config.perceiver is None else tokens.mean(1)
         if self.model.soft_prompt is not None:
-            return self.model.soft_prompt.project(latest)
+            projected: Tensor = self.model.soft_prompt.project(latest)
+            return projected
         block = self.model.attachment.blocks[max(self.model.attachment.blocks)]
-        return block.out(block.value(block.user_norm(latest)))
+        update: Tensor = block.out(block.value(block.user_norm(latest)))
+        return update
 
 
 def title_embeddings(model: UserLLM, task: str, output: bool) -> Tensor:
     """Mean embedding [N, D] of each answer's tokens in the LM's output (or input) table."""
     tree = model.answers[task].tree
-    table = (model.lm.get_output_embeddings() if output else model.lm.get_input_embeddings()).weight
+    layer = model.lm.get_output_embeddings() if output else model.lm.get_input_embeddings()
+    table: Tensor = layer.weight  # type: ignore[union-attr, assignment]
     nodes = tree.paths[:, 1:]
     real = (nodes >= 0)[..., None]
     rows = table.detach()[tree.token[nodes.clamp_min(0)]].float() * real
-    return rows.sum(1) / real.sum(1).clamp_min(1)
+    return torch.sum(rows, 1) / torch.sum(real, 1).clamp_min(1)
 
 
 def align(

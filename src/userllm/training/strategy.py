@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from userllm.language_models.adapter import Adapter, LoraConfig
 from userllm.errors import UserError
+from userllm.language_models.adapter import Adapter, LoraConfig
 from userllm.model import UserLLM
 
 
@@ -42,7 +42,9 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
         model.encoder.requires_grad_(False)
         model.user_tokens.requires_grad_(False)
         if strategy in ("enc", "proj"):
-            raise UserError(f"fusion.kind none with strategy {strategy} has nothing to train; use lora or full")
+            raise UserError(
+                f"fusion.kind none with strategy {strategy} has nothing to train; use lora or full"
+            )
     for block in model.attachment.blocks.values():
         block.requires_grad_(True)
     model.lm_is_frozen = strategy in ("enc", "proj")
