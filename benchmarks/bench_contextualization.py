@@ -18,7 +18,8 @@ from measure import alternate, argument_parser, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import UserLLM
 from userllm.pipeline import Run
-from userllm.training.contextualize import ContextualizedLosses, ExampleBatches, Examples
+from userllm.training.contextualize import ContextualizedLosses
+from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.strategy import apply_strategy, trainable_parameters
 
 PADDED = 32

@@ -14,10 +14,10 @@ import torch
 
 from measure import alternate, argument_parser, ratio, write_result
 from userllm.cli.configuration import load_config
-from userllm.contextual import TextInLM
 from userllm.decoding.answers import ClosedAnswers
 from userllm.decoding.beam_search import search_answers, search_free
 from userllm.pipeline import Run
+from userllm.text_in_lm import TextInLM
 
 
 class _Counting(TextInLM):

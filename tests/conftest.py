@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from userllm.contextual import ContextualLM, FusionConfig
+from userllm.contextual import ContextualLM
 from userllm.data.collation import StoredHistories
 from userllm.data.sources.movielens import FIELDS
 from userllm.data.splits import Split, SplitConfig
@@ -22,6 +22,7 @@ from userllm.data.store import Dataset, Source, write_dataset
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
 from userllm.events import HistoryBatch
+from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.language_models.adapter import Adapter, LoraConfig
@@ -185,7 +186,13 @@ def make_model(
             lm,
             tokenizer,
             make_encoder(max_length=max_length),
-            FusionConfig(layers, attend, events, cross, perceiver),  # type: ignore[arg-type]
+            FusionConfig(
+                layers=layers,
+                attend=attend,  # type: ignore[arg-type]
+                events=events,
+                cross_attention=cross,
+                perceiver=perceiver,
+            ),
             {name: build_task(name, task, dataset.items) for name, task in tasks.items()},
         ).eval()
         if stir:

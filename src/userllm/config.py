@@ -9,8 +9,8 @@ from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig
 from userllm.errors import UserError
 from userllm.evaluation.closed import EvaluationConfig
+from userllm.fusion.config import FusionConfig
 from userllm.language_models.pretrained import LanguageModelConfig
-from userllm.model import FusionConfig
 from userllm.tasks import TaskConfig
 from userllm.training.contextualize import ContextualizeConfig
 from userllm.training.pretrain import PretrainConfig
@@ -60,6 +60,7 @@ class RunConfig:
             raise UserError("data: give release (movielens-1m, ...) or folder (a prepared dataset)")
         if not self.tasks:
             raise UserError("tasks is empty; give at least one task")
+        self.fusion.check()
         encoder, split = self.encoder, self.split
         if encoder.width % encoder.heads:
             raise UserError(

@@ -1,6 +1,9 @@
-"""A language model that attends to user embeddings: the arithmetic of User-LLM, on tensors.
+"""A language model that knows its user: the arithmetic of User-LLM, on tensors.
 
     events -> user embeddings -> user tokens -> a contextualised LM -> text or items
+
+User tokens come in by cross-attention between layers or as soft prompts before the text; latest events may also be
+written out as text before the prompt. What stands before the prompt is the user's ``Prefix``.
 
 ``model.UserLLM`` puts histories, titles, saving and loading around it.
 """
@@ -8,11 +11,9 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,39 +27,14 @@ from userllm.encoders import AutoregressiveEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
-from userllm.fusion.cross_attention import CrossAttentionBlock, CrossAttentionConfig
-from userllm.fusion.perceiver import PerceiverConfig
+from userllm.fusion.config import FusionConfig
+from userllm.fusion.cross_attention import CrossAttentionBlock
+from userllm.fusion.history_text import HistoryText
+from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
+from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.tasks import ClosedTask
-
-
-@dataclass
-class FusionConfig:
-    """How user embeddings enter the language model."""
-
-    layers: str = "all"
-    """Fused layers: "all", "every:K" (every K-th, counted from the top) or "last:K" (paper: 18 gated layers)."""
-    attend: Literal["text", "answer"] = "text"
-    """Which text attends to the user. "text": every token (paper). "answer" (ours): the prompt's last token and all
-    that follow; the rest of the prompt is read once for everybody, which saves most of the work on short answers."""
-    events: int = 50
-    """Latest events whose embeddings the LM attends to (paper: 50, 100, 200)."""
-    cross_attention: CrossAttentionConfig = field(default_factory=CrossAttentionConfig)
-    """Shape of the cross-attention blocks."""
-    perceiver: PerceiverConfig | None = None
-    """Perceiver between encoder and blocks (paper's variant: 6 layers, 16 latents); none by default."""
-
-    def layer_indices(self, count: int) -> list[int]:
-        """Indices of the fused layers in an LM of ``count`` layers. Raises UserError for an unusable setting."""
-        if self.layers == "all":
-            return list(range(count))
-        setting = re.fullmatch(r"(every|last):([0-9]+)", self.layers)
-        if setting and 1 <= (step := int(setting[2])) <= count:
-            every = setting[1] == "every"
-            return list(range(count - 1, -1, -step))[::-1] if every else list(range(count - step, count))
-        raise UserError(
-            f'fusion.layers: {self.layers!r} is not "all", "every:K" or "last:K" with K in 1..{count}'
-        )
+from userllm.text_in_lm import TextInLM
 
 
 @dataclass
@@ -79,10 +55,11 @@ class LowerStates:
 
 
 class ContextualLM(nn.Module):
-    """A language model contextualised by user embeddings through cross-attention (User-LLM section 3).
+    """A language model contextualised by user embeddings (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
     ``self.attachment.detach()`` takes off again. encoder: events -> [B, S, U]. tasks: closed tasks by name.
+    event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     """
 
     def __init__(
@@ -92,8 +69,10 @@ class ContextualLM(nn.Module):
         encoder: AutoregressiveEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
+        event_texts: Mapping[str, Sequence[str]] | None = None,
     ):
         super().__init__()
+        fusion.check()
         layers = DynamicCache(config=lm.config).layers
         if not all(
             isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers
@@ -107,7 +86,8 @@ class ContextualLM(nn.Module):
         self.config = fusion
         self.tasks = dict(tasks)
         text_config = lm.config.get_text_config()
-        self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver)
+        between = fusion.projection if fusion.kind == "cross_attention" else "linear"
+        self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver, between)
         # latents of a Perceiver have no age
         shape = (
             fusion.cross_attention
@@ -119,6 +99,18 @@ class ContextualLM(nn.Module):
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
         self.attachment = Attachment(lm, blocks)
+        first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # type: ignore[index]
+        self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
+        self.soft_prompt = None
+        if fusion.kind == "soft_prompt":
+            some = torch.linspace(0, text_config.vocab_size - 1, 1000, device=lm.device).long()
+            size = float(self._embed(some).detach().float().pow(2).mean().sqrt())
+            self.soft_prompt = SoftPrompt(
+                fusion.soft_prompt, fusion.projection, encoder.width, text_config.hidden_size, size
+            )
+        self.history_text = (
+            HistoryText(fusion.text, event_texts or {}, tokenizer) if fusion.text.events > 0 else None
+        )
         self.head = LogitHead(
             lm.get_output_embeddings(),  # type: ignore[arg-type]
             getattr(text_config, "final_logit_softcapping", None),
@@ -156,8 +148,41 @@ class ContextualLM(nn.Module):
             rows = torch.arange(len(histories), device=histories.mask.device)
         if ends is None:
             ends = histories.lengths[rows]
-        tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
-        return UserContext(tokens, mask)
+        if self.config.kind == "none":
+            tokens = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
+            mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+        else:
+            tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
+        return UserContext(tokens, mask, prefix=self._prefix(tokens, mask, histories, rows, ends))
+
+    def _prefix(
+        self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor
+    ) -> Prefix | None:
+        """What stands before the prompt: the LM's own opening tokens, soft prompts, the history's text."""
+        if not self.config.has_prefix:
+            return None
+        opening = self._embed(self.opening)
+        parts = [
+            (
+                opening.expand(len(rows), -1, -1),
+                torch.ones(len(rows), len(opening), dtype=torch.bool, device=rows.device),
+            )
+        ]
+        if self.soft_prompt is not None:
+            parts += self.soft_prompt(tokens, mask)
+        if self.history_text is not None:
+            ids, real = self.history_text(histories, rows, ends)
+            parts.append((self._embed(ids), real))
+        return Prefix.of(parts)
+
+    @property
+    def opening(self) -> Tensor:
+        """Tokens that the tokenizer puts before any text (a BOS, or none), [O]."""
+        return torch.tensor(self._opening, dtype=torch.long, device=self.lm.device)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The LM's token embeddings, as its first layer would take them."""
+        return self.lm.get_input_embeddings()(ids)  # type: ignore[operator]
 
     @contextmanager
     def conditioned(self, users: UserContext) -> Iterator[UserContext]:
@@ -209,7 +234,7 @@ class ContextualLM(nn.Module):
         group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
         for group in torch.unique(group_of):
             part = torch.nonzero(group_of == group)[:, 0]
-            mine = users.select(part) if users is not None and len(users.tokens) == len(answers) else users
+            mine = users.select(part) if users is not None and len(users) == len(answers) else users
             texts, rows, children, log_p = self._choices(task, answers[part], mine)
             taken = closed.chosen(log_p, children, rows, texts.child)
             nll = nll.index_add(0, part[texts.row], -taken)
@@ -228,13 +253,13 @@ class ContextualLM(nn.Module):
     ) -> Ranking:
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
         with torch.no_grad(), self.conditioned(users):
-            state = TextInLM(self, len(users.tokens), task)
-            return search_answers(state, self.answers[task], self.head, len(users.tokens), k, beams, excluded)
+            state = TextInLM(self, len(users), task, context=users)
+            return search_answers(state, self.answers[task], self.head, len(users), k, beams, excluded)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""
-        if users is not None and len(users.tokens) != 1:
-            raise ValueError(f"all answers are scored for one user at a time, not for {len(users.tokens)}")
+        if users is not None and len(users) != 1:
+            raise ValueError(f"all answers are scored for one user at a time, not for {len(users)}")
         everything = torch.arange(len(self.answers[task]), device=self.answers[task].prompt_ids.device)
         order = torch.argsort(self.answers[task].reach, stable=True)  # alike lengths together
         scores = torch.empty(len(everything), device=everything.device)
@@ -250,14 +275,22 @@ class ContextualLM(nn.Module):
         texts = closed.texts(answers)
         lower = self._lower.get(task)
         states = None if lower is None else lower.of(texts)
-        ids, position, cache = texts.input_ids, texts.position, None
+        ids, position, cache, mask = texts.input_ids, texts.position, None, None
         read = len(closed.prompt_ids) - 1
-        if self.config.attend == "answer" and read > 0:
-            cache = self.prompt_cache(task, len(answers), states is not None)
+        prefix = None if users is None else users.prefix
+        if self.reads_ahead and (read > 0 or prefix is not None):
+            if prefix is None:
+                cache = self.prompt_cache(task, len(answers), states is not None)
+            else:
+                cache, mask = self.read_prompt(ids[:, :read], users)
             ids, position = ids[:, read:], position - read
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
             states = None if states is None else states[:, read:]
+        elif prefix is not None:
+            ids, mask = self._after(prefix, ids)
+            position = position + ids.shape[1] - texts.input_ids.shape[1]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(ids, states, cache)
+            hidden = self._hidden(ids, states, cache, mask)
         picked = hidden[texts.row, position]
         rows, children, log_p = closed.choices(picked, texts.node, self.head)
         return texts, rows, children, log_p.float()
@@ -279,11 +312,29 @@ class ContextualLM(nn.Module):
         cache.batch_repeat_interleave(rows)
         return cache
 
-    def read_prefix(self, input_ids: Tensor, copies: int = 1) -> DynamicCache:
-        """A cache of texts [R, T] read without a user, each repeated ``copies`` times (beams), to generate on from."""
-        cache = self._read_without_user(input_ids)
-        cache.batch_repeat_interleave(copies)
-        return cache
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether the prompt but its last token is read before anything attends to user tokens."""
+        return self.config.attend == "answer" and len(self.attachment.blocks) > 0
+
+    def read_prompt(self, input_ids: Tensor, users: UserContext | None) -> tuple[DynamicCache, Tensor | None]:
+        """Keys and values of texts [R, T] behind the users' prefix, and the mask [R, P + T] where there is a prefix.
+
+        With ``attend="answer"`` they are read without attending to user tokens.
+        """
+        prefix = None if users is None else users.prefix
+        if prefix is None:
+            return self._read_without_user(input_ids), None
+        cache = DynamicCache(config=self.lm.config)
+        text, mask = self._after(prefix, input_ids)
+        with self._conditioned_or_not(None if self.reads_ahead else users):
+            self._hidden(text, None, cache, mask)
+        return cache, mask
+
+    def _after(self, prefix: Prefix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [R, P + T - O, D] and mask of prefix and texts [R, T]; the O opening tokens lead the prefix."""
+        whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids[:, len(self.opening) :]))
+        return whole.embeddings, whole.mask
 
     def _read_without_user(self, input_ids: Tensor) -> DynamicCache:
         """Keys and values of texts [R, T], read by the base LM."""
@@ -292,13 +343,35 @@ class ContextualLM(nn.Module):
             self._hidden(input_ids, None, cache)
         return cache
 
+    @property
+    def _checkpointed(self) -> bool:
+        return any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self.attachment.layers.modules()
+        )
+
     def _hidden(
-        self, input_ids: Tensor, states: Tensor | None = None, cache: DynamicCache | None = None
+        self,
+        text: Tensor,
+        states: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [R, T, D]. Texts are padded on the right, so no position sees padding."""
+        """Last hidden states [R, T, D] of token ids [R, T] or embeddings [R, T, D].
+
+        mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
+        needs none: no position sees it.
+        """
+        if cache is not None and self.lm.training and self._checkpointed:
+            raise UserError(
+                'gradient checkpointing drops the keys and values that fusion.attend "answer" needs; use "text"'
+            )
+        left = {}
+        if mask is not None:
+            left = {"attention_mask": mask.long(), "position_ids": position_ids(mask)[:, -text.shape[1] :]}
+        given = {"input_ids" if text.ndim == 2 else "inputs_embeds": text}
         with self.attachment.replaying(states):
             output = self.lm.get_decoder()(
-                input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, return_dict=True
+                **given, **left, past_key_values=cache, use_cache=cache is not None, return_dict=True
             )
         return output.last_hidden_state
 
@@ -318,10 +391,13 @@ class ContextualLM(nn.Module):
 
         That is every trie node's state below the first fused layer (not for a task that scores over the whole
         vocabulary, which reads every node, nor where the first layer is fused) and, with ``attend="answer"``, the
-        prompt's keys and values. Call ``forget_lower_states`` before the LM changes.
+        prompt's keys and values. Call ``forget_lower_states`` before the LM changes. Where something of the user stands
+        before the prompt nothing can be stored.
         """
+        if self.config.has_prefix:
+            return
         for name, closed in self.answers.items():
-            if self.config.attend == "answer" and len(closed.prompt_ids) > 1 and name not in self._prompts:
+            if self.reads_ahead and len(closed.prompt_ids) > 1 and name not in self._prompts:
                 with torch.no_grad():
                     self._prompts[name] = self._read_without_user(closed.prompt_ids[None, :-1])
             if self.attachment.first == 0 or closed.normalization == "vocabulary" or name in self._lower:
@@ -377,42 +453,3 @@ class ContextualLM(nn.Module):
     def gates(self) -> dict[int, float]:
         """tanh(alpha) per fused layer (User-LLM v2, section 4.4)."""
         return {index: block.gate_value for index, block in self.attachment.blocks.items()}
-
-
-class TextInLM:
-    """The texts of B users, k rows each, inside the LM: key-value cache, and replayed lower states where stored."""
-
-    def __init__(self, model: ContextualLM, users: int, task: str, replay: bool = True):
-        self.model = model
-        self.users = users
-        self.task = task
-        self.lower = model._lower.get(task) if replay else None
-        self.cache = DynamicCache(config=model.lm.config)
-
-    def start(self, prompt_ids: Tensor) -> Tensor:
-        """Read the prompt for every user: [B, D]."""
-        states = None
-        if self.lower is not None:
-            states = torch.cat([self.lower.prompt, self.lower.nodes[self.lower.row[0]][None]])
-            states = states.expand(self.users, -1, -1)
-        ids = prompt_ids.expand(self.users, -1)
-        if self.model.config.attend == "answer" and len(prompt_ids) > 1:
-            self.cache = self.model.prompt_cache(self.task, self.users, states is not None)
-            ids, states = ids[:, -1:], None if states is None else states[:, -1:]
-        return self._read(ids, states)
-
-    def advance(self, tokens: Tensor, nodes: Tensor, parents: Tensor) -> Tensor:
-        """One more token for rows that continue ``parents``: [R, D]."""
-        self.cache.batch_select_indices(parents)
-        states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
-        return self._read(tokens[:, None], states)
-
-    def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
-        hidden = self.model._hidden(input_ids, states, self.cache)
-        if states is not None:
-            # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
-            stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)
-            for layer in self.cache.layers[: self.model.attachment.first]:
-                assert isinstance(layer, DynamicLayer)
-                layer.update(stand_in, stand_in)
-        return hidden[:, -1]

@@ -18,17 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from userllm.contextual import ContextualLM, FusionConfig, TextInLM
+from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
+from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
+from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
 from userllm.tasks import ClosedTask, TaskConfig, build_task
+from userllm.text_in_lm import TextInLM
 
 FORMAT_VERSION = 1
 Strategy = Literal["full", "lora", "enc", "proj"]
@@ -72,7 +76,7 @@ class UserLLM(ContextualLM):
         strategy: Strategy = "enc",
         adapter: Adapter | None = None,
     ):
-        super().__init__(lm, tokenizer, encoder, fusion, tasks)
+        super().__init__(lm, tokenizer, encoder, fusion, tasks, event_texts(collator))
         self.collator = collator
         self.reference = reference
         self.strategy: Strategy = strategy
@@ -186,8 +190,17 @@ class UserLLM(ContextualLM):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         users = None if history is None else self.context(self._batch([history]))
-        if self.config.attend == "answer" and inputs["input_ids"].shape[1] > 1:
-            inputs["past_key_values"] = self.read_prefix(inputs["input_ids"][:, :-1], num_beams)
+        begun = 0
+        if (users is not None and users.prefix is not None) or (
+            self.reads_ahead and inputs["input_ids"].shape[1] > 1
+        ):
+            cache, mask = self.read_prompt(inputs["input_ids"][:, :-1], users)
+            begun = 0 if mask is None else mask.shape[1] + 1 - inputs["input_ids"].shape[1]
+            # what was read as embeddings has no token ids: any will do, they are not read again
+            inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (begun, 0))
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            cache.batch_repeat_interleave(num_beams)
+            inputs["past_key_values"] = cache
         shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
             with self._conditioned_or_not(users):
@@ -208,12 +221,14 @@ class UserLLM(ContextualLM):
             raise UserError(
                 "explain: a Perceiver mixes events before the LM sees them; train without it to explain"
             )
+        if self.config.kind != "cross_attention":
+            raise UserError(f"explain: fusion.kind {self.config.kind} has no cross-attention to look at")
         self._task(task)
         self.eval()
         users = self.context(self._batch([history]))
         users.recorded = {}
         with self.conditioned(users):
-            TextInLM(self, 1, task).start(self.answers[task].prompt_ids)
+            TextInLM(self, 1, task, context=users).start(self.answers[task].prompt_ids)
         gates = {index: abs(value) for index, value in self.gates.items()}
         whole = sum(gates.values())
         share = {index: value / whole if whole > 0 else 1 / len(gates) for index, value in gates.items()}
@@ -340,6 +355,8 @@ class UserLLM(ContextualLM):
 
     def _fusion_weights(self) -> dict[str, Tensor]:
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
+        if self.soft_prompt is not None:
+            weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights
@@ -348,6 +365,14 @@ class UserLLM(ContextualLM):
 def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
     """An encoder with random weights for a vocabulary's fields."""
     return config.build([FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary])
+
+
+def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
+    """By field of the history batches, what its vocabulary ids read like; the item's title goes by "title"."""
+    texts = {f.name: ["", "unknown", *f.values] for f in collator.vocabulary}
+    titles = dict(zip(collator.items["id"].to_list(), collator.items["title"].to_list(), strict=True))
+    items = collator.vocabulary["item"].values
+    return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
 
 
 def _save(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -378,7 +403,9 @@ def _fusion(raw: dict[str, Any]) -> FusionConfig:
     perceiver = raw["perceiver"]
     parts = {
         "cross_attention": CrossAttentionConfig(**raw["cross_attention"]),
+        "soft_prompt": SoftPromptConfig(**raw["soft_prompt"]),
         "perceiver": None if perceiver is None else PerceiverConfig(**perceiver),
+        "text": HistoryTextConfig(**raw["text"]),
     }
     return FusionConfig(**(raw | parts))
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from userllm.contextual import TextInLM
 from userllm.decoding.beam_search import search_free
 from userllm.errors import UserError
+from userllm.text_in_lm import TextInLM
 
 every_normalization = pytest.mark.parametrize("normalization", ["catalogue", "vocabulary"])
 

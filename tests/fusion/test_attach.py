@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from userllm.contextual import FusionConfig
 from userllm.errors import UserError
 from userllm.fusion.attach import Attachment, FusedLayer, ReplayLayer, UserContext, find_layers
+from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock, CrossAttentionConfig
 
 every_architecture = pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_an_lm_without_a_list_of_layers_is_refused(tiny_lm):
 def test_blocks_must_fit_the_lm(tiny_lm):
     lm, _ = tiny_lm("llama")
     block = CrossAttentionBlock(CrossAttentionConfig(2, 8), 32, 16)
-    for blocks in ({}, {4: block}, {-1: block}):
+    for blocks in ({4: block}, {-1: block}):
         with pytest.raises(UserError, match="do not fit"):
             Attachment(lm, blocks)
 

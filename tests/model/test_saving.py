@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from userllm import model as model_module
 from userllm.errors import UserError
+from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.language_models.pretrained import LanguageModelConfig, load
 from userllm.model import UserLLM
@@ -23,19 +24,23 @@ VARIANTS = {
     "perceiver": {"perceiver": PerceiverConfig(latents=3, layers=2, heads=2)},
     "answer": {"attend": "answer"},
     "bfloat16": {"dtype": "bfloat16"},
+    "soft": {"kind": "soft_prompt", "projection": "mlp"},
+    "mlp": {"projection": "mlp"},
+    "text": {"kind": "none", "strategy": "lora", "text": HistoryTextConfig(events=3)},
     "gpt2-lora": {"strategy": "lora", "lm": "tiny-random-gpt2", "layers": "every:2"},
 }
 
 
 class Behaviour:
-    """What a model says: texts and choices exactly, numbers to float rounding (it follows where weights lie in memory)."""
+    """What a model says: texts and choices exactly, numbers to float rounding: that follows where weights lie."""
 
     def __init__(self, model, dataset):
         histories = [dataset.history(user) for user in (2, 5, 7)]
         lists = model.recommend(histories, 5) + model.recommend(histories, 3, task="favorite_genre")
         flat = [r for answers in lists for r in answers]
         texts = [model.generate("The user likes", one, max_new_tokens=4) for one in [histories[1], None]]
-        weights = [] if model.config.perceiver else [a.weight for a in model.explain(histories[2])]
+        opaque = model.config.perceiver or model.config.kind != "cross_attention"
+        weights = [] if opaque else [a.weight for a in model.explain(histories[2])]
         self.words = [(r.item, r.title) for r in flat], texts
         self.numbers = [
             *(r.log_likelihood for r in flat),

@@ -7,7 +7,8 @@ import torch
 from userllm.data.batches import BatchConfig
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import SplitConfig
-from userllm.training.contextualize import ContextualizeConfig, ExampleBatches
+from userllm.training.contextualize import ContextualizeConfig
+from userllm.training.examples import ExampleBatches
 from userllm.training.pretrain import PretrainBatches, PretrainConfig
 
 SPLITS = {"llo": SplitConfig(), "paper": SplitConfig(kind="paper", window=4)}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from userllm.training.contextualize import ContextualizeConfig, ContextualizedLosses, ExampleBatches
+from userllm.training.contextualize import ContextualizeConfig, ContextualizedLosses
+from userllm.training.examples import ExampleBatches
 from userllm.training.strategy import trainable_parameters
 from userllm.training.trainer import OptimizationConfig, StageTrainer, training_arguments
 

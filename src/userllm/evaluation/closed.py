@@ -54,6 +54,8 @@ class Answered:
     ranks: np.ndarray
     log_likelihood: np.ndarray | None = None
     invalid: int = 0
+    prompt_tokens: np.ndarray | None = None
+    """Tokens the language model reads before its answer, soft prompts included [n]."""
 
 
 class ClosedEvaluator:
@@ -129,6 +131,8 @@ class ClosedEvaluator:
             if said.log_likelihood is not None:
                 zeros = np.zeros(n)
                 entry[system]["log_likelihood"] = paired_gain(said.log_likelihood, zeros).as_dict()
+            if said.prompt_tokens is not None:
+                entry[system]["prompt_tokens"] = paired_gain(said.prompt_tokens, np.zeros(n)).as_dict()
         own = systems["user_llm"].log_likelihood
         assert own is not None
         entry["gain_nats"] = {
@@ -146,12 +150,15 @@ class ClosedEvaluator:
         task, device = self.model.tasks[name], self.model.lm.device
         self.model.eval()
         ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+        read = np.full(len(rows), len(self.model.answers[name].prompt_ids))
         invalid = 0
         length = min(self.config.list_length, len(task.answers))
         for start in range(0, len(rows), self.config.batch):
             part = slice(start, start + self.config.batch)
             batch = self.stored.batch(histories[part]).to(device)
             users = self.model.context(batch)
+            if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
+                read[part] += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
             target = targets[part].to(device)
             excluded = None
             possible = torch.full((len(target),), length)
@@ -165,7 +172,7 @@ class ClosedEvaluator:
             ranks[part] = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
             logliks[part] = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
             invalid += count_invalid(found.answers, len(task.answers), possible)
-        return Answered(ranks, logliks, invalid)
+        return Answered(ranks, logliks, invalid, read)
 
     def _fixed(
         self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from userllm.errors import UserError
 from userllm.fusion.cross_attention import CrossAttentionBlock
+from userllm.fusion.prefix import Prefix
 
 
 @dataclass
@@ -28,13 +29,18 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``recorded`` collects attention weights per layer where a list is given.
+    when the context goes. ``prefix`` stands before the prompt. ``recorded`` collects attention weights per layer where
+    a list is given.
     """
 
     tokens: Tensor
     mask: Tensor
+    prefix: Prefix | None = None
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     recorded: dict[int, list[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def for_block(self, index: int, block: CrossAttentionBlock) -> tuple[Tensor, Tensor]:
         """Keys and values of one block."""
@@ -45,7 +51,8 @@ class UserContext:
     def select(self, users: Tensor) -> UserContext:
         """The context of some of the users, in the order given; projected keys and values are kept."""
         kept = {i: (k[users], v[users]) for i, (k, v) in self.keys_values.items()}
-        return UserContext(self.tokens[users], self.mask[users], kept)
+        prefix = None if self.prefix is None else self.prefix.select(users)
+        return UserContext(self.tokens[users], self.mask[users], prefix, kept)
 
 
 @dataclass
@@ -136,19 +143,19 @@ def find_layers(lm: nn.Module) -> nn.ModuleList:
 class Attachment:
     """Cross-attention blocks attached to a language model.
 
-    ``blocks`` maps the index of each fused layer to its block. The language model must have its LoRA adapters, if
-    any, before it is attached.
+    ``blocks`` maps the index of each fused layer to its block; without any, nothing is attached. The language model
+    must have its LoRA adapters, if any, before it is attached.
     """
 
     def __init__(self, lm: PreTrainedModel, blocks: dict[int, CrossAttentionBlock]):
         self.slot = Slot()
         self.layers = find_layers(lm)
         self.blocks = dict(sorted(blocks.items()))
-        if not blocks or not all(0 <= i < len(self.layers) for i in blocks):
+        if not all(0 <= i < len(self.layers) for i in blocks):
             raise UserError(
                 f"fused layers {sorted(blocks)} do not fit a language model of {len(self.layers)} layers"
             )
-        self.first = min(blocks)
+        self.first = min(blocks, default=0)
         self.attached = False
         self.attach()
 

@@ -1,11 +1,14 @@
-"""User embeddings -> user tokens: recency, and the Perceiver where one is asked for."""
+"""User embeddings -> user tokens: recency, and the Perceiver or an MLP where one is asked for."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from userllm.fusion.perceiver import Perceiver, PerceiverConfig
+from userllm.fusion.soft_prompt import projection
 
 
 class UserTokens(nn.Module):
@@ -13,14 +16,22 @@ class UserTokens(nn.Module):
 
     Each token gets a learned vector for its recency (0 = the latest event) before anything else (ours: without it the
     language model cannot tell the last event from the first, since attention over tokens has no order).
+    between: "mlp" puts two layers between the tokens and the language model; "linear" nothing, its own maps are linear.
     """
 
-    def __init__(self, width: int, events: int, perceiver: PerceiverConfig | None = None):
+    def __init__(
+        self,
+        width: int,
+        events: int,
+        perceiver: PerceiverConfig | None = None,
+        between: Literal["linear", "mlp"] = "linear",
+    ):
         super().__init__()
         self.events = events
         self.recency = nn.Embedding(events, width)
         nn.init.normal_(self.recency.weight, std=0.02)
         self.perceiver = Perceiver(perceiver, width) if perceiver is not None else None
+        self.mlp = projection("mlp", width, width) if between == "mlp" else None
 
     def forward(self, embeddings: Tensor, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """embeddings [B, S, U]; for each of E examples its row in B and how many events it may see, both [E].
@@ -34,7 +45,7 @@ class UserTokens(nn.Module):
         tokens = picked + self.recency(back)
         # padding must hold no value at all: 0 * NaN would otherwise reach real tokens
         tokens = torch.where(mask[..., None], tokens, torch.zeros((), dtype=tokens.dtype))
-        if self.perceiver is None:
-            return tokens, mask
-        latents = self.perceiver(tokens, mask)
-        return latents, mask.any(dim=1, keepdim=True).expand(-1, latents.shape[1])
+        if self.perceiver is not None:
+            tokens = self.perceiver(tokens, mask)
+            mask = mask.any(dim=1, keepdim=True).expand(-1, tokens.shape[1])
+        return tokens if self.mlp is None else self.mlp(tokens), mask

@@ -20,7 +20,7 @@ SYSTEMS = {
 }
 TASKS = {"next_item": "Next item", "favorite_genre": "Favourite genre"}
 GAINS = {"over_shuffled": "over another user's history", "over_no_user": "over no user"}
-METRICS = {"log_likelihood": "log-likelihood (nats)"}
+METRICS = {"log_likelihood": "log-likelihood (nats)", "prompt_tokens": "LM tokens before the answer"}
 STAGES = {
     "data": "Data",
     "pretrain": "User encoder pretraining",

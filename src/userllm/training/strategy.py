@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from userllm.errors import UserError
 from userllm.language_models.adapter import Adapter, LoraConfig
 from userllm.model import UserLLM
 
@@ -35,20 +36,29 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
         model.encoder.requires_grad_(True)
         model.encoder.features.heads.requires_grad_(False)
     model.user_tokens.requires_grad_(True)
+    if model.soft_prompt is not None:
+        model.soft_prompt.requires_grad_(True)
+    if model.config.kind == "none":  # nothing of the encoder reaches the language model
+        model.encoder.requires_grad_(False)
+        model.user_tokens.requires_grad_(False)
+        if strategy in ("enc", "proj"):
+            raise UserError(
+                f"fusion.kind none with strategy {strategy} has nothing to train; use lora or full"
+            )
     for block in model.attachment.blocks.values():
         block.requires_grad_(True)
     model.lm_is_frozen = strategy in ("enc", "proj")
 
 
 def trainable_parameters(model: UserLLM) -> dict[str, int]:
-    """Trainable weights per group: lm, lora, encoder, projection (recency, Perceiver), cross_attention."""
+    """Trainable weights per group: lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention."""
     counts = {"lm": 0, "lora": 0, "encoder": 0, "projection": 0, "cross_attention": 0}
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
         if name.startswith("encoder."):
             group = "encoder"
-        elif name.startswith("user_tokens."):
+        elif name.startswith(("user_tokens.", "soft_prompt.")):
             group = "projection"
         elif ".block." in name:
             group = "cross_attention"

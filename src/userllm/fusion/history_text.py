@@ -1,0 +1,109 @@
+"""A history as text in the prompt: the papers' Text Prompt, and the short-term half of long + short term context.
+
+Neither paper prints its format; the template is configuration and "ours". Every event's text is turned into tokens by
+itself and the tokens are put together: an event's tokens do not depend on its neighbours, so they are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from userllm.errors import UserError
+from userllm.events import HistoryBatch
+
+
+@dataclass
+class HistoryTextConfig:
+    """How a history is written out before the prompt."""
+
+    events: int = 0
+    """Latest events written as text (paper: 50, 100, 200 for Text Prompt; 10 for "TP10"); 0: none."""
+    lead: str = "Movies this user has watched, oldest first:"
+    """Text before the first event (ours)."""
+    event: str = " {title};"
+    """Text of one event (ours); {title} and the encoder's fields ({rating}, {genres}) are filled in."""
+    close: str = "\n"
+    """Text after the last event (ours). The task's prompt follows."""
+    max_tokens: int = 1024
+    """Tokens the whole may take; the oldest events are left out where it would take more."""
+
+
+class HistoryText:
+    """Writes histories as tokens.
+
+    values: by field of the history batches, the text of each vocabulary id (id 0, padding, included); the item's go
+    by the name "title". Raises UserError for a template that names anything else, or that leaves no room for an event.
+    """
+
+    def __init__(
+        self,
+        config: HistoryTextConfig,
+        values: Mapping[str, Sequence[str]],
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.config = config
+        self.values = dict(values)
+        self.tokenizer = tokenizer
+        self.places = [name for _, name, _, _ in Formatter().parse(config.event) if name is not None]
+        if unknown := [name for name in self.places if name not in self.values]:
+            known = ", ".join(f"{{{name}}}" for name in self.values)
+            raise UserError(f"fusion.text.event: no {{{unknown[0]}}}; there are {known}")
+        self.lead = self._tokens(config.lead)
+        self.close = self._tokens(config.close)
+        self._events: dict[tuple[int | tuple[int, ...], ...], list[int]] = {}
+        if len(self.lead) + len(self.close) >= config.max_tokens:
+            raise UserError(
+                f"fusion.text.max_tokens {config.max_tokens} leaves no room beside lead and close "
+                f"({len(self.lead) + len(self.close)} tokens)"
+            )
+
+    def __call__(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [E, P] and mask [E, P], padded on the left, for E examples: row in B and events seen, both [E].
+
+        A history without events has no text at all.
+        """
+        fields = ["item" if name == "title" else name for name in self.places]
+        columns = {name: histories.fields[name].tolist() for name in fields}
+        texts = [
+            self._history([columns[name][row] for name in fields], end)
+            for row, end in zip(rows.tolist(), ends.tolist(), strict=True)
+        ]
+        longest = max(map(len, texts), default=0)
+        ids = torch.zeros(len(texts), longest, dtype=torch.long)
+        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+        for place, text in enumerate(texts):
+            ids[place, longest - len(text) :] = torch.tensor(text, dtype=torch.long)
+            mask[place, longest - len(text) :] = True
+        return ids.to(rows.device), mask.to(rows.device)
+
+    def _history(self, columns: list[list], end: int) -> list[int]:
+        room = self.config.max_tokens - len(self.lead) - len(self.close)
+        kept: list[list[int]] = []
+        for place in range(end - 1, max(end - self.config.events, 0) - 1, -1):
+            tokens = self._event([column[place] for column in columns])
+            if len(tokens) > room:
+                break
+            room -= len(tokens)
+            kept.append(tokens)
+        if not kept:
+            return []
+        return [*self.lead, *(token for tokens in reversed(kept) for token in tokens), *self.close]
+
+    def _event(self, ids: list[int | list[int]]) -> list[int]:
+        key = tuple(tuple(i) if isinstance(i, list) else i for i in ids)
+        if key not in self._events:
+            shown = {}
+            for name, value in zip(self.places, key, strict=True):
+                several = value if isinstance(value, tuple) else (value,)
+                shown[name] = ", ".join(self.values[name][v] for v in several if v != 0)
+            self._events[key] = self._tokens(self.config.event.format(**shown))
+        return self._events[key]
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

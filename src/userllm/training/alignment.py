@@ -1,0 +1,130 @@
+"""An optional first step of stage 2: user embeddings are brought into the language model's own space (ours).
+
+Contrastive, between what the fusion makes of a user's latest token and the language model's embeddings of the title
+that came next: a softmax over the whole catalogue, no pass through the language model. The papers start stage 2 from a
+random projection; theirs is the default.
+
+    soft prompt       the projected user token          against the mean *input* embedding of a title's tokens
+    cross-attention   the topmost block's value -> out  against the mean *output* embedding of a title's tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.errors import UserError
+from userllm.model import UserLLM
+from userllm.training.examples import ExampleBatches, Examples
+from userllm.training.trainer import (
+    OptimizationConfig,
+    StageTrainer,
+    load_trainable,
+    save_trainable,
+    training_arguments,
+)
+
+
+@dataclass
+class AlignmentConfig:
+    """The alignment step."""
+
+    steps: int = 300
+    """Optimiser steps."""
+    histories: int = 64
+    """Users in a batch."""
+    examples_per_history: int = 8
+    """Points in time drawn from one pass over a user's history."""
+    temperature: float = 0.07
+    """Divides the cosine similarities."""
+    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=1e-3))
+    """Optimiser and schedule."""
+    encoder_rate: float = 0.1
+    """Factor on the encoder's learning rate."""
+
+
+class Alignment(nn.Module):
+    """Cross-entropy, in nats over the catalogue, of the next item under cosine similarities.
+
+    Raises UserError where the model has no next-item task, or no user tokens at all.
+    """
+
+    def __init__(self, model: UserLLM, temperature: float):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        names = [name for name, task in model.tasks.items() if task.config.kind == "next_item"]
+        if not names:
+            raise UserError("contextualize.alignment needs a task of kind next_item")
+        if model.config.kind == "none":
+            raise UserError("contextualize.alignment: fusion.kind none has no user tokens to align")
+        self.task = names[0]
+        with torch.no_grad():
+            titles = title_embeddings(model, self.task, output=model.soft_prompt is None)
+        # common to all titles is what any title is, not which
+        self.titles = F.normalize(titles - titles.mean(0), dim=-1)
+
+    def forward(self, examples: Examples) -> dict[str, Tensor]:
+        """See the class."""
+        device = self.model.lm.device
+        mine = torch.nonzero(examples.task == examples.tasks.index(self.task))[:, 0]
+        users = self.model.context(
+            examples.histories.to(device), examples.rows[mine].to(device), examples.ends[mine].to(device)
+        )
+        scores = F.normalize(self._shown(users.tokens, users.mask), dim=-1) @ self.titles.T / self.temperature
+        loss = F.cross_entropy(scores, examples.answers[mine].to(device))
+        return {"loss": loss, "alignment": loss}
+
+    def _shown(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What the language model is shown of each user's latest token (of all latents, behind a Perceiver): [E, D]."""
+        latest = tokens[:, -1] if self.model.config.perceiver is None else tokens.mean(1)
+        if self.model.soft_prompt is not None:
+            projected: Tensor = self.model.soft_prompt.project(latest)
+            return projected
+        block = self.model.attachment.blocks[max(self.model.attachment.blocks)]
+        update: Tensor = block.out(block.value(block.user_norm(latest)))
+        return update
+
+
+def title_embeddings(model: UserLLM, task: str, output: bool) -> Tensor:
+    """Mean embedding [N, D] of each answer's tokens in the LM's output (or input) table."""
+    tree = model.answers[task].tree
+    layer = model.lm.get_output_embeddings() if output else model.lm.get_input_embeddings()
+    table: Tensor = layer.weight  # type: ignore[union-attr, assignment]
+    nodes = tree.paths[:, 1:]
+    real = (nodes >= 0)[..., None]
+    rows = table.detach()[tree.token[nodes.clamp_min(0)]].float() * real
+    return torch.sum(rows, 1) / torch.sum(real, 1).clamp_min(1)
+
+
+def align(
+    model: UserLLM,
+    dataset: Dataset,
+    split: Split,
+    stored: StoredHistories,
+    config: AlignmentConfig,
+    folder: Path,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Align ``model`` in place; resumes from ``folder``, and is skipped where it has been done. Returns the log."""
+    step = Alignment(model, config.temperature)
+    done = folder / "aligned.safetensors"
+    if done.exists():
+        load_trainable(step, done)
+        return []
+    trainer = StageTrainer(
+        step,
+        training_arguments(folder, config.optimization, config.steps, seed, None),
+        ExampleBatches(model, dataset, split, stored, config, seed),
+        rates={"model.encoder.": config.encoder_rate, "model.lm.": 0.0},
+    )
+    history = trainer.run()
+    save_trainable(step, done)
+    return history

@@ -1,0 +1,109 @@
+"""Training examples of stage 2: which user, at which point in time, is asked what, and the right answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.events import HistoryBatch
+from userllm.model import UserLLM
+from userllm.training.trainer import StepBatches
+
+
+class ExampleCounts(Protocol):
+    """How many examples: optimiser steps, users in a batch, points in time from one pass over a user's history."""
+
+    steps: int
+    histories: int
+    examples_per_history: int
+
+
+@dataclass
+class Examples:
+    """E examples over B histories: which history, how many of its events count, the task, the answer; all [E]."""
+
+    histories: HistoryBatch
+    rows: Tensor
+    ends: Tensor
+    tasks: list[str]
+    task: Tensor
+    answers: Tensor
+
+
+class ExampleBatches(StepBatches):
+    """Examples from the training part of a split.
+
+    Users come in random order, every user once per pass; a user's examples are drawn from the events that the split
+    gives to training, all within one stretch the encoder can see at once.
+    """
+
+    def __init__(
+        self,
+        model: UserLLM,
+        dataset: Dataset,
+        split: Split,
+        stored: StoredHistories,
+        config: ExampleCounts,
+        seed: int,
+    ):
+        super().__init__(config.steps)
+        self.model_tasks = model.tasks
+        self.window = split.visible(model.window)
+        self.longest = split.visible(model.encoder.max_length)
+        self.dataset, self.split, self.stored, self.config, self.seed = dataset, split, stored, config, seed
+        self.usable = np.flatnonzero(split.train_end > split.first_target)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """See ``StepBatches``."""
+        per_batch = self.config.histories
+        rng = np.random.default_rng([self.seed, step])
+        wanted = np.arange(step * per_batch, (step + 1) * per_batch)
+        passes, places = np.divmod(wanted, len(self.usable))
+        order = {
+            p: np.random.default_rng([self.seed, 7, p]).permutation(self.usable) for p in np.unique(passes)
+        }
+        kept = np.array([order[p][i] for p, i in zip(passes, places, strict=True)])
+        names = list(self.model_tasks)
+        weights = np.array([self.model_tasks[n].config.weight for n in names])
+        spans, rows, ends, users, tasks = [], [], [], [], []
+        for row, k in enumerate(kept):
+            first, stop = int(self.split.first_target), int(self.split.train_end[k])
+            latest = int(rng.integers(first, stop))  # the position of an event to be predicted
+            begin = max(0, latest - self.longest)
+            others = rng.integers(
+                max(first, begin + 1), latest + 1, size=self.config.examples_per_history - 1
+            )
+            targets = np.concatenate([[latest], others])
+            user = int(self.split.users[k])
+            spans.append((user, begin, latest))
+            rows += [row] * len(targets)
+            ends += list(targets)
+            users += [user] * len(targets)
+            tasks += list(rng.choice(len(names), size=len(targets), p=weights / weights.sum()))
+        row_of, end_of = np.array(rows), np.array(ends)
+        user_of, task_of = np.array(users), np.array(tasks)
+        begins = np.array([begin for _, begin, _ in spans])
+        seen = np.minimum(end_of - begins[row_of], self.window)
+        answers = np.full(len(row_of), -1)
+        for number, name in enumerate(names):
+            mine = task_of == number
+            answers[mine] = self.model_tasks[name].targets(
+                self.dataset, user_of[mine], end_of[mine], seen[mine]
+            )
+        keep = answers >= 0
+        examples = Examples(
+            histories=self.stored.batch(spans),
+            rows=torch.from_numpy(row_of[keep]),
+            ends=torch.from_numpy((end_of - begins[row_of])[keep]),
+            tasks=names,
+            task=torch.from_numpy(task_of[keep]),
+            answers=torch.from_numpy(answers[keep]),
+        )
+        return {"examples": examples}
