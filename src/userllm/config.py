@@ -70,6 +70,10 @@ class RunConfig:
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
         if self.pretrain is not None:
+            if self.pretrain.recent is not None and self.pretrain.recent < 1:
+                raise UserError(
+                    f"pretrain.recent is {self.pretrain.recent}; give at least 1, or null for all events"
+                )
             batch = self.pretrain.batch
             if (batch.events is None) == (batch.sequences is None):
                 raise UserError("pretrain.batch: give either events or sequences, and null for the other")

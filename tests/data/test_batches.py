@@ -70,6 +70,41 @@ def test_every_training_event_is_a_target_once_an_epoch(lengths, max_length, epo
     assert targets == Counter(wanted)
 
 
+@settings(deadline=None, max_examples=100)
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 60), st.sampled_from(["leave_last_out", "paper"]))
+def test_recent_targets_only(lengths, size, recent, kind):
+    """Each user's latest targets once an epoch, one event before them as the first input, and nothing earlier."""
+    split = split_of(lengths, SplitConfig(kind, window=size, min_events=3))
+    if split is None:
+        return
+    sequences = TrainingSequences(split, max_length=size, recent=recent)
+    before = size if kind == "paper" else 1
+    for epoch in range(2):
+        sequences.set_epoch(epoch)
+        first = {"paper": lambda start, stop: stop - 1, "leave_last_out": lambda start, stop: start + 1}[kind]
+        targets = Counter(
+            (u, i) for u, start, stop in sequences.rows.tolist() for i in range(first(start, stop), stop)
+        )
+        wanted = {
+            (user, i)
+            for user, end in zip(split.users.tolist(), split.train_end.tolist(), strict=True)
+            for i in range(max(before, end - recent), end)
+        }
+        assert targets == Counter(wanted)
+        ends = dict(zip(split.users.tolist(), split.train_end.tolist(), strict=True))
+        assert all(
+            start >= max(0, ends[user] - recent - before) for user, start, _ in sequences.rows.tolist()
+        )
+
+
+def test_recent_of_the_encoders_length_is_one_chunk_per_user():
+    split = split_of([60, 7, 33], SplitConfig())
+    assert split is not None
+    assert TrainingSequences(split, 30, recent=30).rows.tolist() == [[0, 27, 58], [1, 0, 5], [2, 0, 31]]
+    with pytest.raises(ValueError, match="recent is 0"):
+        TrainingSequences(split, recent=0)
+
+
 def test_cuts_differ_by_epoch_and_come_back():
     split = split_of([90] * 20, SplitConfig())
     assert split is not None

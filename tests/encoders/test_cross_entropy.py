@@ -43,6 +43,22 @@ def test_targets_of_vanishing_probability_are_exact_too(size):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_products_in_bfloat16_are_close():
+    torch.manual_seed(1)
+    hidden, table, target = torch.randn(300, 32), torch.randn(200, 32) * 32**-0.5, torch.randint(200, (300,))
+    results = []
+    for precision in (torch.float32, torch.bfloat16):
+        h, t = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+        loss = blocked_cross_entropy(h, t, target, 64, precision)
+        loss.backward()
+        assert loss.dtype == h.grad.dtype == t.grad.dtype == torch.float32
+        results.append((loss.detach(), h.grad, t.grad))
+    torch.testing.assert_close(*(r[0] for r in results), rtol=1e-3, atol=0)
+    for exact, rounded in zip(results[0][1:], results[1][1:], strict=True):
+        assert not torch.equal(exact, rounded)
+        assert float((rounded - exact).norm() / exact.norm()) < 1e-2
+
+
 def test_nothing_to_predict_is_zero():
     hidden, table = torch.randn(0, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = blocked_cross_entropy(hidden, table, torch.zeros(0, dtype=torch.long))

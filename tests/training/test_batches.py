@@ -151,6 +151,10 @@ def test_tasks_share_by_weight(make_model, dataset, vocabulary):
 
 def test_pretraining_covers_every_training_target_once_an_epoch(model, dataset, vocabulary, split):
     batches = build("pretrain", model, dataset, SplitConfig(), vocabulary)
+    recent = PretrainConfig(epochs=1, batch=BatchConfig(events=30), recent=2)
+    few = PretrainBatches(StoredHistories(dataset, vocabulary), split, 6, recent, 0)
+    seen = sum(int(few.batch(step)["targets"].mask.sum()) for step in range(few.per_epoch))
+    assert seen == int((split.train_end - 1).clip(max=2).sum())
     for epoch in range(2):
         steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
         targets = sum(int(batches.batch(step)["targets"].mask.sum()) for step in steps)

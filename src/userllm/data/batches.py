@@ -39,15 +39,26 @@ class TrainingSequences(TorchDataset[Row]):
     event, so that every event but the user's first is a target exactly once an epoch. Where the chunks do not come out
     even, their cuts are drawn anew each epoch; the number of chunks and of targets never changes.
     paper: windows of exactly ``window`` events and their label; ``windows`` of them are drawn each epoch (None: all).
+    recent: only the latest so many targets of each user, and the events they need before them (None: all).
     """
 
-    def __init__(self, split: Split, max_length: int = 200, seed: int = 0, windows: int | None = None):
+    def __init__(
+        self,
+        split: Split,
+        max_length: int = 200,
+        seed: int = 0,
+        windows: int | None = None,
+        recent: int | None = None,
+    ):
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, must be at least 1")
+        if recent is not None and recent < 1:
+            raise ValueError(f"recent is {recent}, must be at least 1")
         self.split = split
         self.max_length = split.config.window if split.config.kind == "paper" else max_length
         self.seed = seed
         self.windows = windows
+        self.recent = recent
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -57,18 +68,20 @@ class TrainingSequences(TorchDataset[Row]):
         self.rows = self._windows(random) if self.split.config.kind == "paper" else self._chunks(random)
 
     def _chunks(self, random: np.random.Generator) -> np.ndarray:
-        targets = np.maximum(0, self.split.train_end - 1)
+        targets = self._recent(self.split.train_end - 1)
+        first = self.split.train_end - 1 - targets
         counts = -(-targets // self.max_length)
         shift = random.integers(0, counts * self.max_length - targets + 1)
         user = np.repeat(np.arange(len(counts)), counts)
         place = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
         # the first chunk is cut short on the left, the last on the right
-        start = place * self.max_length - shift[user]
+        start = first[user] + place * self.max_length - shift[user]
         stop = np.minimum(start + self.max_length + 1, self.split.train_end[user])
-        return np.stack([self.split.users[user], np.maximum(start, 0), stop], axis=1)
+        return np.stack([self.split.users[user], np.maximum(start, first[user]), stop], axis=1)
 
     def _windows(self, random: np.random.Generator) -> np.ndarray:
-        counts = np.maximum(0, self.split.train_end - self.max_length)
+        counts = self._recent(self.split.train_end - self.max_length)
+        first = self.split.train_end - self.max_length - counts
         ends = np.cumsum(counts)
         total = int(ends[-1])
         if self.windows is None or self.windows >= total:
@@ -76,8 +89,12 @@ class TrainingSequences(TorchDataset[Row]):
         else:
             chosen = np.sort(random.choice(total, self.windows, replace=False, shuffle=False))
         user = np.searchsorted(ends, chosen, side="right")
-        start = chosen - (ends - counts)[user]
+        start = first[user] + chosen - (ends - counts)[user]
         return np.stack([self.split.users[user], start, start + self.max_length + 1], axis=1)
+
+    def _recent(self, targets: np.ndarray) -> np.ndarray:
+        """How many of a user's targets count, [users]."""
+        return np.clip(targets, 0, self.recent)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -10,11 +10,14 @@ Where we differ from the paper or fill in what it leaves out ("ours"):
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.encoders.cross_entropy import blocked_cross_entropy
 from userllm.encoders.features import FieldShape, FieldTables
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
@@ -41,7 +44,14 @@ class AutoregressiveConfig:
     max_length: int = 200
     """Events seen at most; of a longer history the latest (ours; the paper's windows are 50, 100 and 200)."""
     field_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of a field's loss, 1 where absent (paper: a plain average)."""
+    """Weight of a field's loss, 1 where absent (paper: a plain average); 0: the loss is not even computed."""
+    count_from: Literal["start", "end"] = "start"
+    """Learned positions are counted from a history's first event, or back from its latest, which then always has the
+    same position, as in a left-padded SASRec (ours: the paper is silent). With "end" the embedding of a prefix inside
+    a longer history, which stage 2 uses, is that of a history not yet at its end, not that of the prefix alone."""
+    loss_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products in the item's full softmax; its probabilities and sums stay float32 (ours). "bfloat16"
+    about halves that loss's time on processors with bfloat16 instructions."""
 
     def build(self, fields: list[FieldShape]) -> AutoregressiveEncoder:
         """The encoder for these fields, with random weights."""
@@ -86,6 +96,8 @@ class AutoregressiveEncoder(nn.Module):
         if unknown := set(config.field_weights) - {f.name for f in fields}:
             known = ", ".join(f.name for f in fields)
             raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
+        if all(config.field_weights.get(f.name, 1.0) == 0 for f in fields):
+            raise UserError("encoder.field_weights: every field's weight is 0, so nothing would be learned")
         self.config = config
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
         self.positions = nn.Embedding(config.max_length, config.width)
@@ -108,7 +120,10 @@ class AutoregressiveEncoder(nn.Module):
         length = batch.mask.shape[1]
         if length > self.config.max_length:
             raise ValueError(f"{length} events given, the encoder sees {self.config.max_length} at most")
-        positions = self.positions(torch.arange(length, device=batch.mask.device))
+        places = torch.arange(length, device=batch.mask.device)
+        if self.config.count_from == "end":
+            places = (batch.lengths[:, None] - 1 - places).clamp_min(0)  # at padding any will do
+        positions = self.positions(places)
         x = F.dropout(self.features(batch.fields) + positions, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
@@ -121,12 +136,16 @@ class AutoregressiveEncoder(nn.Module):
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
         """Next-event loss per field and their weighted mean under ``"loss"`` (User-LLM section 3.1), in nats.
 
-        ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask.
+        ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask. A field of weight
+        0 has no loss.
         """
         hidden = self(inputs)[targets.mask]
+        weights = {f.name: self.config.field_weights.get(f.name, 1.0) for f in self.features.fields}
         losses = self.features.losses(
-            hidden, {name: ids[targets.mask] for name, ids in targets.fields.items()}
+            hidden,
+            {name: ids[targets.mask] for name, ids in targets.fields.items()},
+            skip=[name for name, weight in weights.items() if weight == 0],
+            item_loss=partial(blocked_cross_entropy, precision=getattr(torch, self.config.loss_precision)),
         )
-        weights = {name: self.config.field_weights.get(name, 1.0) for name in losses}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}

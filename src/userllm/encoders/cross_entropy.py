@@ -3,6 +3,7 @@
 ``torch.nn.functional.cross_entropy`` writes the [N, V] logits, their log-softmax and their gradient. With V in the
 thousands that memory traffic, not the arithmetic, is what pretraining spends its time on. Here a block of rows is
 scored, turned into probabilities in place and multiplied back into both gradients while still in cache.
+Its three matrix products may be taken in a lower precision; probabilities and sums keep the precision of the input.
 """
 
 from __future__ import annotations
@@ -15,38 +16,54 @@ from torch import Tensor
 
 class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, target: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, target: Tensor, rows: int, precision: torch.dtype
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         count = max(hidden.shape[0], 1)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_table = torch.zeros_like(table) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        low_hidden, low_table = (
+            hidden.to(precision),
+            table.to(precision),
+        )  # no copies where it is theirs already
         for start in range(0, hidden.shape[0], rows):
-            h, t = hidden[start : start + rows], target[start : start + rows]
-            p = torch.softmax(h @ table.T, dim=-1)
+            h, t = low_hidden[start : start + rows], target[start : start + rows]
+            p = torch.softmax(h @ low_table.T, dim=-1, dtype=hidden.dtype)
             at_target = p.gather(1, t[:, None])
             log_p = at_target.log()
             if (lost := at_target[:, 0] < torch.finfo(p.dtype).tiny).any():  # too small to be told from 0
-                log_p[lost] = torch.log_softmax(h[lost] @ table.T, dim=-1).gather(1, t[lost, None])
+                log_p[lost] = torch.log_softmax(h[lost] @ low_table.T, dim=-1, dtype=hidden.dtype).gather(
+                    1, t[lost, None]
+                )
             total -= log_p.sum()
             if grad_hidden is not None and grad_table is not None:
                 p.scatter_(1, t[:, None], at_target - 1.0)
-                torch.mm(p, table, out=grad_hidden[start : start + rows])
-                grad_table.addmm_(p.T, h)
+                p = p.to(precision)
+                grad_hidden[start : start + rows] = p @ low_table
+                if precision == grad_table.dtype:
+                    grad_table.addmm_(p.T, h)
+                else:  # a block's product is rounded, the sum over blocks is not
+                    grad_table += p.T @ h
         if grad_hidden is not None and grad_table is not None:
             ctx.save_for_backward(grad_hidden.div_(count), grad_table.div_(count))
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_table = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_table * grads[0], None, None
+        return grad_hidden * grads[0], grad_table * grads[0], None, None, None
 
 
-def blocked_cross_entropy(hidden: Tensor, table: Tensor, target: Tensor, rows: int = 512) -> Tensor:
+def blocked_cross_entropy(
+    hidden: Tensor, table: Tensor, target: Tensor, rows: int = 512, precision: torch.dtype | None = None
+) -> Tensor:
     """Mean cross-entropy of ``softmax(hidden @ table.T)`` against ``target``, in nats; exact, computed in blocks.
 
     hidden [N, d], table [V, d], target [N] in 0..V-1; ``rows`` logits rows are alive at once. An empty batch gives 0.
-    Gradients are computed in the forward pass, so double backward is not supported.
+    precision: of the three matrix products (logits, both gradients); that of ``hidden`` by None. Softmax, loss and the
+    sums over blocks keep the precision of ``hidden``. Gradients are computed in the forward pass, so double backward is
+    not supported.
     """
-    return _BlockedCrossEntropy.apply(hidden, table, target, rows)  # type: ignore[no-any-return]
+    return _BlockedCrossEntropy.apply(hidden, table, target, rows, precision or hidden.dtype)  # type: ignore[no-any-return]

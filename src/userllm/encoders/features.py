@@ -7,7 +7,7 @@ to the encoder's width U. For pretraining, an output of width U is projected bac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,14 +71,24 @@ class FieldTables(nn.Module):
         """Logits of a field's values, [..., size - 2], from encoder outputs [..., U]; column j is id j + 2."""
         return self.heads[name](hidden) @ self.table(name).T
 
-    def losses(self, hidden: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def losses(
+        self,
+        hidden: Tensor,
+        targets: Mapping[str, Tensor],
+        skip: Collection[str] = (),
+        item_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = blocked_cross_entropy,
+    ) -> dict[str, Tensor]:
         """Cross-entropy per field, in nats, of encoder outputs [N, U] against the next event's ids ([N] or [N, K]).
 
         Targets that are padding or unknown do not count. For a multi-valued field the target distribution is uniform
         over the event's values (ours; the papers only say "cross-entropy per feature").
+        skip: fields whose loss is not computed. item_loss: the item's, of (projected outputs [N, d], table [V, d],
+        target rows [N]).
         """
         result = {}
         for field in self.fields:
+            if field.name in skip:
+                continue
             target = targets[field.name] - RESERVED
             if field.multi:
                 valid = target >= 0
@@ -89,5 +99,6 @@ class FieldTables(nn.Module):
             else:
                 rows = target >= 0
                 projected = self.heads[field.name](hidden[rows])
-                result[field.name] = blocked_cross_entropy(projected, self.table(field.name), target[rows])
+                loss = item_loss if field.name == "item" else blocked_cross_entropy
+                result[field.name] = loss(projected, self.table(field.name), target[rows])
         return result

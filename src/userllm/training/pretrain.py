@@ -42,6 +42,9 @@ class PretrainConfig:
     """Size of a batch."""
     windows_per_epoch: int | None = None
     """Windows drawn per epoch under the papers' split; all by default."""
+    recent: int | None = None
+    """Only each user's latest so many training events are targets, and an epoch holds no others; null: all of them.
+    ``encoder.max_length`` gives one chunk per user, what RecTools' SASRec trains on (ours: the paper is silent)."""
     optimization: OptimizationConfig = field(
         default_factory=lambda: OptimizationConfig(learning_rate=2e-3, warmup=0.05)
     )
@@ -60,7 +63,7 @@ class PretrainBatches(StepBatches):
     def __init__(
         self, stored: StoredHistories, split: Split, max_length: int, config: PretrainConfig, seed: int
     ):
-        sequences = TrainingSequences(split, max_length, seed, config.windows_per_epoch)
+        sequences = TrainingSequences(split, max_length, seed, config.windows_per_epoch, config.recent)
         self.sampler = LengthBucketSampler(sequences, config.batch, seed)
         self.stored = stored
         self._epoch, self._order = -1, []
