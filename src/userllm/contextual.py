@@ -27,6 +27,7 @@ from userllm.encoders import AutoregressiveEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
+from userllm.fusion.catalogue import CatalogueBlock
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.history_text import HistoryText
@@ -98,7 +99,6 @@ class ContextualLM(nn.Module):
             index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
-        self.attachment = Attachment(lm, blocks)
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # type: ignore[index]
         self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
         self.soft_prompt = None
@@ -117,6 +117,7 @@ class ContextualLM(nn.Module):
             getattr(text_config, "logit_scale", None) or 1.0,
         )
         self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
+        self.attachment = Attachment(lm, blocks, self._catalogue_block())
         self._lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
@@ -152,8 +153,29 @@ class ContextualLM(nn.Module):
             tokens = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
             mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
         else:
-            tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
-        return UserContext(tokens, mask, prefix=self._prefix(tokens, mask, histories, rows, ends))
+            embeddings = self.encoder(histories)
+            tokens, mask = self.user_tokens(embeddings, rows, ends)
+        users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
+        if (block := self.attachment.after) is not None:
+            scores = self.encoder.item_scores(embeddings[rows, (ends - 1).clamp_min(0)])
+            users.catalogue = block.vectors(
+                torch.log_softmax(scores.float(), dim=-1), ends > 0, self._output_table
+            )
+        return users
+
+    def _catalogue_block(self) -> CatalogueBlock | None:
+        if self.config.catalogue is None:
+            return None
+        trees = [self.answers[n].tree for n, task in self.tasks.items() if task.config.kind == "next_item"]
+        if not trees:
+            raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
+        nodes = trees[0].paths[:, 1 : self.config.catalogue.tokens + 1]
+        tokens = torch.where(nodes >= 0, trees[0].token[nodes.clamp_min(0)], -1)
+        return CatalogueBlock(self.config.catalogue, tokens, self._output_table)
+
+    @property
+    def _output_table(self) -> Tensor:
+        return self.lm.get_output_embeddings().weight  # type: ignore[union-attr, return-value]
 
     def _prefix(
         self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor

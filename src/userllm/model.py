@@ -24,6 +24,7 @@ from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
@@ -357,6 +358,8 @@ class UserLLM(ContextualLM):
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
+        if self.attachment.after is not None:
+            weights |= {f"after.{name}": value for name, value in self.attachment.after.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights
@@ -405,6 +408,7 @@ def _fusion(raw: dict[str, Any]) -> FusionConfig:
         "cross_attention": CrossAttentionConfig(**raw["cross_attention"]),
         "soft_prompt": SoftPromptConfig(**raw["soft_prompt"]),
         "perceiver": None if perceiver is None else PerceiverConfig(**perceiver),
+        "catalogue": None if raw["catalogue"] is None else CatalogueConfig(**raw["catalogue"]),
         "text": HistoryTextConfig(**raw["text"]),
     }
     return FusionConfig(**(raw | parts))

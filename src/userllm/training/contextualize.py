@@ -118,6 +118,9 @@ def contextualize(
         evaluator,
         rates={
             ".block.gate": config.gate_rate,
+            ".after.gate": config.gate_rate,
+            ".after.maps": 0.1,
+            ".after.": 1.0,
             ".block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,
