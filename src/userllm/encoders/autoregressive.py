@@ -10,8 +10,8 @@ Where we differ from the paper or fill in what it leaves out ("ours"):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from userllm.encoders.blocks import Block, RelativeTimeBias, rotations, time_apart
-from userllm.encoders.cross_entropy import blocked_cross_entropy
-from userllm.encoders.features import FieldShape, FieldTables
+from userllm.encoders.features import RESERVED, FieldShape, FieldTables
+from userllm.encoders.item_loss import ItemLoss
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 
@@ -59,6 +59,15 @@ class AutoregressiveConfig:
     """Learned positions are counted from a history's first event, or back from its latest, which then always has the
     same position, as in a left-padded SASRec (ours: the paper is silent). With "end" the embedding of a prefix inside
     a longer history, which stage 2 uses, is that of a history not yet at its end, not that of the prefix alone."""
+    item_loss: Literal["full", "sampled", "gbce"] = "full"
+    """The next item's loss. "full": cross-entropy over the catalogue (paper). For large catalogues "sampled":
+    cross-entropy over a sample, corrected for the sampling, or "gbce": gSASRec's (ours). Ranking is always exact."""
+    negatives: int = 256
+    """Items drawn per batch, shared by all its events; for "sampled" and "gbce" (ours; gSASRec: 256 per user)."""
+    proposal: Literal["uniform", "popularity"] = "uniform"
+    """How "sampled" draws them; "popularity": by the count of training events, plus one. "gbce" draws uniformly."""
+    gbce_calibration: float = 0.75
+    """t of "gbce", 0 to 1 (gSASRec: 0.75)."""
     loss_precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products in the item's full softmax; its probabilities and sums stay float32 (ours). "bfloat16"
     takes a third to a half off that loss's time on processors with bfloat16 instructions."""
@@ -77,23 +86,19 @@ class AutoregressiveEncoder(nn.Module):
 
     def __init__(self, config: AutoregressiveConfig, fields: list[FieldShape]):
         super().__init__()
-        if config.width % config.heads:
-            raise UserError(f"encoder.width {config.width} is not a multiple of encoder.heads {config.heads}")
-        if config.positions == "rotary" and config.width // config.heads % 2:
-            raise UserError(
-                f"encoder.positions: rotary needs an even width per head, not {config.width // config.heads}"
-            )
-        if config.positions != "learned" and config.count_from == "end":
-            raise UserError(f"encoder.count_from: end is for learned positions, not {config.positions}")
-        if unknown := set(config.field_weights) - {f.name for f in fields}:
-            known = ", ".join(f.name for f in fields)
-            raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
-        if all(config.field_weights.get(f.name, 1.0) == 0 for f in fields):
-            raise UserError("encoder.field_weights: every field's weight is 0, so nothing would be learned")
+        _check(config, fields)
         self.config = config
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
         self.positions = (
             nn.Embedding(config.max_length, config.width) if config.positions == "learned" else None
+        )
+        self.item_loss = ItemLoss(
+            config.item_loss,
+            next(f.size for f in fields if f.name == "item") - RESERVED,
+            config.negatives,
+            config.proposal,
+            config.gbce_calibration,
+            getattr(torch, config.loss_precision),
         )
         self.blocks = nn.ModuleList(
             Block(
@@ -114,6 +119,15 @@ class AutoregressiveEncoder(nn.Module):
         )  # post: the last block's
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
+
+    @property
+    def needs_frequencies(self) -> bool:
+        """Whether ``use_frequencies`` has to be called before training."""
+        return self.item_loss.by_popularity
+
+    def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
+        """How often each value of a field occurs among the training targets: by field, [size], by vocabulary id."""
+        self.item_loss.frequencies.copy_(counts["item"][RESERVED:])
 
     @property
     def width(self) -> int:
@@ -168,7 +182,36 @@ class AutoregressiveEncoder(nn.Module):
             hidden,
             {name: ids[targets.mask] for name, ids in targets.fields.items()},
             skip=[name for name, weight in weights.items() if weight == 0],
-            item_loss=partial(blocked_cross_entropy, precision=getattr(torch, self.config.loss_precision)),
+            item_loss=self.item_loss,
         )
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}
+
+
+def _check(config: AutoregressiveConfig, fields: list[FieldShape]) -> None:
+    """Raise UserError for settings that cannot be, or cannot go together."""
+    if config.width % config.heads:
+        raise UserError(f"encoder.width {config.width} is not a multiple of encoder.heads {config.heads}")
+    if config.positions == "rotary" and config.width // config.heads % 2:
+        raise UserError(
+            f"encoder.positions: rotary needs an even width per head, not {config.width // config.heads}"
+        )
+    if config.positions != "learned" and config.count_from == "end":
+        raise UserError(f"encoder.count_from: end is for learned positions, not {config.positions}")
+    if unknown := set(config.field_weights) - {f.name for f in fields}:
+        known = ", ".join(f.name for f in fields)
+        raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
+    if all(config.field_weights.get(f.name, 1.0) == 0 for f in fields):
+        raise UserError("encoder.field_weights: every field's weight is 0, so nothing would be learned")
+    if config.negatives < 1:
+        raise UserError(f"encoder.negatives is {config.negatives}; draw at least 1 item")
+    if not 0 <= config.gbce_calibration <= 1:
+        raise UserError(f"encoder.gbce_calibration is {config.gbce_calibration}; it goes from 0 to 1")
+    if config.proposal != "uniform" and config.item_loss != "sampled":
+        raise UserError(
+            f"encoder.proposal: {config.proposal} is for item_loss: sampled, not {config.item_loss}"
+        )
+    if config.loss_precision != "float32" and config.item_loss != "full":
+        raise UserError(
+            f"encoder.loss_precision: {config.loss_precision} is for item_loss: full, not {config.item_loss}"
+        )
