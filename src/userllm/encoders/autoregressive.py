@@ -47,6 +47,12 @@ class AutoregressiveConfig:
     events, as in HSTU (ours: the paper is silent)."""
     item_width: int = 128
     """d_j of the item table (ours)."""
+    item_start: Literal["random", "text"] = "random"
+    """What the item table holds before stage 1: random numbers, or the principal components of the language model's own
+    vectors of the titles (ours)."""
+    item_text: Literal["input", "hidden"] = "input"
+    """The vector of a title, for ``item_start: text``: the mean of the language model's input embeddings of its tokens
+    (no forward pass, and no few dimensions that outweigh all others), or of its last hidden states (ours)."""
     field_width: int = 16
     """d_j of every other field's table (ours)."""
     dropout: float = 0.1
