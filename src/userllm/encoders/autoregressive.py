@@ -52,7 +52,7 @@ class AutoregressiveConfig:
     vectors of the titles (ours)."""
     item_text: Literal["input", "hidden"] = "input"
     """The vector of a title, for ``item_start: text``: the mean of the language model's input embeddings of its tokens
-    (no forward pass, and no few dimensions that outweigh all others), or of its last hidden states (ours)."""
+    (no forward pass, so no matter how large the model or the catalogue), or of its last hidden states (ours)."""
     field_width: int = 16
     """d_j of every other field's table (ours)."""
     dropout: float = 0.1
