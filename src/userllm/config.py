@@ -27,7 +27,8 @@ class DataConfig:
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
-    """Fields the encoder reads and predicts, the item first (paper: name, rating, genre)."""
+    """Fields the encoder reads and predicts, the item first (paper: name, rating, genre). Any declared field, and
+    ``time_gap``: how long before an event the user's previous one was (ours)."""
 
 
 @dataclass

@@ -32,11 +32,13 @@ from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
+from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import UserLLM, encoder_for
 from userllm.report import write_report
 from userllm.tasks import build_task
@@ -94,13 +96,17 @@ class Run:
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
-        keys = ["data", "split", "encoder", "pretrain", "seed"]
+        from_text = self.config.encoder.item_start == "text"
+        keys = ["data", "split", "encoder", "pretrain", "seed", *(["lm"] if from_text else [])]
         file = self.folder / "pretrain" / "encoder" / "encoder.safetensors"
         with self._stage("pretrain", keys, file.exists) as todo:
             if todo:
                 self._need("dataset", "data")
                 set_seed(self.config.seed)
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if from_text:
+                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -109,7 +115,6 @@ class Run:
                         self.folder / "pretrain", self.config.seed,
                     )  # fmt: skip
                 _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
-                file.parent.mkdir(parents=True, exist_ok=True)
                 save_file(
                     {n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial")
                 )
@@ -170,6 +175,15 @@ class Run:
             load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain"))
         )
         return encoder
+
+    def _start_from_text(self, encoder: AutoregressiveEncoder, file: Path) -> None:
+        """Item embeddings from the titles; what a new title's embedding needs is written to ``file``."""
+        lm, tokenizer, _ = load(self.config.lm)
+        titles = self.dataset.items["title"].to_list()
+        vectors = text_embeddings(lm, tokenizer, titles, self.config.encoder.item_text)
+        start = TextStart.fit(vectors, self.config.encoder.item_width)
+        encoder.features.start("item", start.rows(vectors))
+        start.save(file)
 
     def build_model(self) -> UserLLM:
         config, items = self.config, self.dataset.items

@@ -2,8 +2,12 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 import userllm
+from userllm.encoders.text_start import TextStart
+from userllm.language_models.pretrained import LanguageModelConfig, load
+from userllm.language_models.text_embeddings import text_embeddings
 from userllm.pipeline import Run
 
 FILES = (
@@ -62,6 +66,28 @@ def test_one_stage_does_what_it_needs_and_no_more(userllm, tmp_path, finished):
     assert (tmp_path / "runs/demo/pretrain/encoder/encoder.safetensors").is_file()
     assert not (tmp_path / "runs/demo/contextualize").exists()
     assert "this run has no model yet" in userllm("recommend", "runs/demo", "--user", "1", cwd=tmp_path).error
+
+
+def test_item_embeddings_that_start_from_the_titles(userllm, tmp_path, finished):
+    """Without training the encoder holds its start; the language model is loaded for nothing else."""
+    tables = {}
+    for start in ("random", "text"):
+        settings = [
+            f"name={start}",
+            f"encoder.item_start={start}",
+            f"data.path={finished / 'raw'}",
+            "pretrain=null",
+        ]
+        said = userllm("pretrain", finished / "config.yaml", *settings, cwd=tmp_path)
+        assert said.code == 0
+        assert ("language model" in said.err) == (start == "text")
+        tables[start] = load_file(tmp_path / f"runs/{start}/pretrain/encoder/encoder.safetensors")
+    item = "features.tables.item.weight"
+    assert {n for n in tables["text"] if not tables["text"][n].equal(tables["random"][n])} == {item}
+    lm, tokenizer, _ = load(LanguageModelConfig(name="tiny-random-llama"))
+    projection = TextStart.load(tmp_path / "runs/text/pretrain/encoder/text_start.safetensors")
+    heat = projection.rows(text_embeddings(lm, tokenizer, ["Heat (1995)"]))[0]
+    assert heat.isclose(tables["text"][item][2:], atol=1e-5).all(1).any()
 
 
 @pytest.mark.parametrize("which", ["runs/demo", "config.yaml"])

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from userllm.baselines.popularity import item_counts
 from userllm.data.batches import BatchConfig, LengthBucketSampler, TrainingSequences
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.data.vocabulary import FIRST_VALUE
 from userllm.encoders import AutoregressiveEncoder
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
@@ -109,6 +112,9 @@ def pretrain(
 
     Where the split has no validation events the last weights are kept.
     """
+    if encoder.needs_frequencies:
+        unnamed = torch.zeros(FIRST_VALUE)  # padding and unknown
+        encoder.use_frequencies({"item": torch.cat([unnamed, item_counts(dataset, split)])})
     batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
     rows = split.examples("validation", max_length=encoder.max_length)
     if config.validation_users is not None and config.validation_users < len(rows):
