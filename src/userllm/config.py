@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from userllm.data.splits import SplitConfig
-from userllm.encoders import AutoregressiveConfig
+from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
 from userllm.evaluation.closed import EvaluationConfig
 from userllm.language_models.pretrained import LanguageModelConfig
@@ -42,7 +42,7 @@ class RunConfig:
     """CPU threads; torch's choice if null."""
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    encoder: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    encoder: EncoderConfig = field(default_factory=AutoregressiveConfig)
     pretrain: PretrainConfig | None = field(default_factory=PretrainConfig)
     """Stage 1; null leaves the encoder random (the papers' "RD")."""
     lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)

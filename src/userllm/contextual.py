@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.prefix_tree import PrefixTree
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
@@ -82,14 +82,14 @@ class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings through cross-attention (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: events -> [B, S, U]. tasks: closed tasks by name.
+    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
     """
 
     def __init__(
         self,
         lm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
     ):
@@ -156,8 +156,11 @@ class ContextualLM(nn.Module):
             rows = torch.arange(len(histories), device=histories.mask.device)
         if ends is None:
             ends = histories.lengths[rows]
-        tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
-        return UserContext(tokens, mask)
+        if self.encoder.causal:  # one pass over a history knows what each of its prefixes would give
+            return UserContext(*self.user_tokens(self.encoder(histories)[0], rows, ends))
+        embeddings, mask = self.encoder(histories.select(rows).prefixes(ends))
+        everyone = torch.arange(len(rows), device=rows.device)
+        return UserContext(*self.user_tokens(embeddings, everyone, mask.sum(1)))
 
     @contextmanager
     def conditioned(self, users: UserContext) -> Iterator[UserContext]:

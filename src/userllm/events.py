@@ -69,3 +69,13 @@ class HistoryBatch:
     def select(self, rows: Tensor) -> HistoryBatch:
         """The histories at ``rows`` [R], repeated where a row is named twice."""
         return HistoryBatch({k: v[rows] for k, v in self.fields.items()}, self.mask[rows])
+
+    def prefixes(self, ends: Tensor) -> HistoryBatch:
+        """Each history's first ``ends`` [B] events; what came after is padding, as if it had never been."""
+        length = max(1, int(ends.max())) if len(ends) else 1
+        mask = (self.mask & (self.mask.cumsum(1) <= ends[:, None]))[:, :length]
+        fields = {
+            name: ids[:, :length].masked_fill(~mask if ids.ndim == 2 else ~mask[..., None], 0)
+            for name, ids in self.fields.items()
+        }
+        return HistoryBatch(fields, mask)

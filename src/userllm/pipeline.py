@@ -31,7 +31,7 @@ from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.events import UserHistory
@@ -163,7 +163,7 @@ class Run:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def load_encoder(self) -> AutoregressiveEncoder:
+    def load_encoder(self) -> UserEncoder:
         """The encoder of stage 1."""
         encoder = encoder_for(self.vocabulary, self.config.encoder)
         encoder.load_state_dict(

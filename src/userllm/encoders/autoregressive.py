@@ -9,12 +9,15 @@ Where we differ from the paper or fill in what it leaves out ("ours"):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.encoders.base import UserEncoder
 from userllm.encoders.features import FieldShape, FieldTables
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
@@ -24,6 +27,8 @@ from userllm.events import HistoryBatch
 class AutoregressiveConfig:
     """Sizes of the autoregressive encoder; defaults are the paper's where it states them."""
 
+    kind: Literal["autoregressive"] = "autoregressive"
+    """Which encoder: autoregressive (paper's choice), dual or bert4rec."""
     layers: int = 6
     """Transformer layers (paper: 6)."""
     width: int = 128
@@ -73,11 +78,14 @@ class _Block(nn.Module):
         return x + F.dropout(fed, self.dropout, self.training)
 
 
-class AutoregressiveEncoder(nn.Module):
+class AutoregressiveEncoder(UserEncoder):
     """Events [B, S] -> user embeddings [B, S, U], one per event; position s knows events 0..s only.
 
     Histories are padded on the right, so the causal mask alone keeps padding out of every real position.
     """
+
+    causal = True
+    ranks_items = True
 
     def __init__(self, config: AutoregressiveConfig, fields: list[FieldShape]):
         super().__init__()
@@ -87,24 +95,18 @@ class AutoregressiveEncoder(nn.Module):
             known = ", ".join(f.name for f in fields)
             raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
         self.config = config
+        self.width, self.max_length = config.width, config.max_length
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
         self.positions = nn.Embedding(config.max_length, config.width)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         nn.init.normal_(self.positions.weight, std=0.02)
 
-    @property
-    def width(self) -> int:
-        """U."""
-        return self.config.width
+    def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
+        """User embeddings [B, S, U] and the batch's mask; values at padding are meaningless.
 
-    @property
-    def max_length(self) -> int:
-        """Events seen at most."""
-        return self.config.max_length
-
-    def forward(self, batch: HistoryBatch) -> Tensor:
-        """User embeddings [B, S, U]; values at padding are meaningless. S must not exceed ``max_length``."""
+        S must not exceed ``max_length``.
+        """
         length = batch.mask.shape[1]
         if length > self.config.max_length:
             raise ValueError(f"{length} events given, the encoder sees {self.config.max_length} at most")
@@ -112,18 +114,26 @@ class AutoregressiveEncoder(nn.Module):
         x = F.dropout(self.features(batch.fields) + positions, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x), batch.mask
 
     def item_scores(self, embeddings: Tensor) -> Tensor:
         """Scores of every catalogue item as the next event, [..., items], from user embeddings [..., U]."""
         return self.features.scores("item", embeddings)
+
+    def next_item_scores(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> Tensor:
+        """See ``UserEncoder``."""
+        return self.item_scores(self(histories)[0][rows, ends - 1])
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The output heads."""
+        return self.features.heads.parameters()
 
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
         """Next-event loss per field and their weighted mean under ``"loss"`` (User-LLM section 3.1), in nats.
 
         ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask.
         """
-        hidden = self(inputs)[targets.mask]
+        hidden = self(inputs)[0][targets.mask]
         losses = self.features.losses(
             hidden, {name: ids[targets.mask] for name, ids in targets.fields.items()}
         )

@@ -18,7 +18,7 @@ from userllm.data.batches import BatchConfig, LengthBucketSampler, TrainingSeque
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
 from userllm.events import HistoryBatch
@@ -83,7 +83,7 @@ class PretrainBatches(StepBatches):
 class NextEventLosses(nn.Module):
     """The encoder as the Trainer sees it: inputs and targets in, the losses of every field out."""
 
-    def __init__(self, encoder: AutoregressiveEncoder):
+    def __init__(self, encoder: UserEncoder):
         super().__init__()
         self.encoder = encoder
 
@@ -94,7 +94,7 @@ class NextEventLosses(nn.Module):
 
 
 def pretrain(
-    encoder: AutoregressiveEncoder,
+    encoder: UserEncoder,
     dataset: Dataset,
     split: Split,
     stored: StoredHistories,

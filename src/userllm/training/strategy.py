@@ -33,7 +33,8 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
             weight.requires_grad_(True)
     if strategy != "proj":
         model.encoder.requires_grad_(True)
-        model.encoder.features.heads.requires_grad_(False)
+        for weight in model.encoder.head_parameters():
+            weight.requires_grad_(False)
     model.user_tokens.requires_grad_(True)
     for block in model.attachment.blocks.values():
         block.requires_grad_(True)
