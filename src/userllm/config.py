@@ -68,6 +68,13 @@ class RunConfig:
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
+        if encoder.kind == "dual":
+            if encoder.label not in self.data.fields:
+                raise UserError(f"encoder.label {encoder.label} is not one of data.fields")
+            if encoder.label != "item" and any(task.teacher > 0 for task in self.tasks.values()):
+                raise UserError(
+                    f"encoder.label {encoder.label}: cannot rank items for a teacher; set tasks.*.teacher to 0"
+                )
         if self.pretrain is not None:
             batch = self.pretrain.batch
             if (batch.events is None) == (batch.sequences is None):

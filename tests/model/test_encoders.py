@@ -14,7 +14,7 @@ from userllm.model import UserLLM
 from userllm.training.contextualize import ContextualizeConfig, ContextualizedLosses, ExampleBatches
 from userllm.training.strategy import trainable_parameters
 
-KINDS = ["autoregressive", "bert4rec"]
+KINDS = ["autoregressive", "dual", "bert4rec"]
 
 
 class RatingMoods(UserEncoder):

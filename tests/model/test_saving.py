@@ -30,7 +30,7 @@ VARIANTS = {
 
 @dataclass
 class Behaviour:
-    """What a model says, word for word, and its numbers; their last digits depend on where in memory the weights lie."""
+    """What a model says, word for word, and its numbers; their last digits depend on where in memory weights lie."""
 
     words: list[str]
     numbers: list[float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from userllm.encoders.autoregressive import AutoregressiveConfig, AutoregressiveEncoder
 from userllm.encoders.base import UserEncoder
 from userllm.encoders.bert4rec import Bert4RecConfig, Bert4RecEncoder
+from userllm.encoders.dual import DualConfig, DualEncoder
 from userllm.encoders.features import FieldShape
 from userllm.errors import UserError
 
@@ -13,6 +14,8 @@ __all__ = [
     "AutoregressiveEncoder",
     "Bert4RecConfig",
     "Bert4RecEncoder",
+    "DualConfig",
+    "DualEncoder",
     "EncoderConfig",
     "FieldShape",
     "UserEncoder",
@@ -20,7 +23,7 @@ __all__ = [
     "encoder_config_class",
 ]
 
-EncoderConfig = AutoregressiveConfig | Bert4RecConfig
+EncoderConfig = AutoregressiveConfig | DualConfig | Bert4RecConfig
 
 
 def encoder_config_class(kind: object) -> type[EncoderConfig]:
@@ -28,6 +31,8 @@ def encoder_config_class(kind: object) -> type[EncoderConfig]:
     match kind:
         case "autoregressive":
             return AutoregressiveConfig
+        case "dual":
+            return DualConfig
         case "bert4rec":
             return Bert4RecConfig
     raise UserError(f"encoder.kind is {kind!r}; use autoregressive, dual or bert4rec")
@@ -35,4 +40,6 @@ def encoder_config_class(kind: object) -> type[EncoderConfig]:
 
 def config_of(encoder: UserEncoder) -> EncoderConfig | None:
     """The configuration that builds the encoder again; None for one of somebody's own."""
-    return encoder.config if isinstance(encoder, AutoregressiveEncoder | Bert4RecEncoder) else None
+    return (
+        encoder.config if isinstance(encoder, AutoregressiveEncoder | DualEncoder | Bert4RecEncoder) else None
+    )

@@ -32,6 +32,8 @@ class UserEncoder(nn.Module, ABC):
     """Whether embedding s stands for event s; if not, attention to it explains nothing about events."""
     ranks_items: bool = False
     """Whether ``next_item_scores`` is there."""
+    needs_frequencies: bool = False
+    """Whether stage 1 has to call ``use_frequencies`` before it begins."""
 
     @abstractmethod
     def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
@@ -57,9 +59,9 @@ class UserEncoder(nn.Module, ABC):
         )
 
     def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
-        """Called before stage 1: how often each value of a field occurs among the training events.
+        """How often each value of a field occurs among the training targets.
 
-        counts: by field, [size], indexed by vocabulary id. Most encoders have no use for it.
+        counts: by field, [size], indexed by vocabulary id; 0 at padding.
         """
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
