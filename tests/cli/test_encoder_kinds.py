@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from userllm import UserError, load_config
 from userllm.cli.configuration import describe_settings
 from userllm.config import RunConfig
-from userllm.encoders import EncoderConfig, encoder_config_class
+from userllm.encoders import DualConfig, EncoderConfig, encoder_config_class
 
 SHORT = ["pretrain.epochs=1", "contextualize.steps=2", "evaluation.users=4"]
 KINDS = [kind.kind for kind in get_args(EncoderConfig)]
@@ -26,6 +27,16 @@ def test_the_kind_chooses_the_dataclass(kind, tmp_path):
     again, same = load_config(tmp_path / "c.yaml")
     assert again == config and same == plain
     assert RunConfig(encoder=config.encoder) == config
+
+
+def test_a_group_can_be_replaced_as_a_whole():
+    demo = Path(__file__).parents[2] / "configs" / "demo.yaml"
+    with pytest.raises(
+        UserError, match=r"encoder\.field_weights is a setting of encoder\.kind=autoregressive or bert4rec"
+    ):
+        load_config(demo, ["encoder.kind=dual"])
+    config, _ = load_config(demo, ["encoder={kind: dual, layers: 3}"])
+    assert config.encoder == DualConfig(layers=3)
 
 
 def test_the_default_is_the_autoregressive_encoder():

@@ -36,10 +36,13 @@ class RatingMoods(UserEncoder):
         return both, batch.mask.any(1, keepdim=True).expand(-1, 2)
 
 
-@pytest.fixture(params=[*KINDS, "own"])
+@pytest.fixture(params=[*KINDS, "bert4rec, next", "own"])
 def encoder(request, make_encoder):
     torch.manual_seed(4)
-    return RatingMoods().eval() if request.param == "own" else make_encoder(request.param, max_length=8)
+    if request.param == "own":
+        return RatingMoods().eval()
+    settings = {"next_embedding": True} if request.param == "bert4rec, next" else {}
+    return make_encoder(request.param.split(",")[0], max_length=8, **settings)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ class UserEncoder(nn.Module, ABC):
     def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
         """Embeddings [B, M, U], the latest last, and their mask [B, M], padded on the right.
 
-        What stands at padding is never read, but must be finite. A history without events is legal.
+        What stands at padding is never read, but must be finite. Company and padding must not matter. A history without
+        events is legal and should have no embeddings: then the language model is the one that knows nobody.
         """
 
     def next_item_scores(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> Tensor:

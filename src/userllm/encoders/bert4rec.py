@@ -88,7 +88,7 @@ class Bert4RecEncoder(UserEncoder):
         )
 
     def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
-        """User embeddings [B, S, U] and the batch's mask; with ``next_embedding`` one more of both."""
+        """User embeddings [B, S, U] and the batch's mask; with ``next_embedding`` one more, if there are events."""
         if batch.mask.shape[1] > self.max_length:
             raise ValueError(
                 f"{batch.mask.shape[1]} events given, the encoder sees {self.max_length} at most"
@@ -96,7 +96,7 @@ class Bert4RecEncoder(UserEncoder):
         if not self.config.next_embedding:
             return self._states(batch, torch.zeros_like(batch.mask)), batch.mask
         longer, hidden = _one_more(batch)
-        return self._states(longer, hidden), longer.mask
+        return self._states(longer, hidden), longer.mask & batch.mask.any(1, keepdim=True)
 
     def next_item_scores(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> Tensor:
         """See ``UserEncoder``; a history without events is ranked, too."""
