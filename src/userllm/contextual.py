@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.prefix_tree import PrefixTree
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
@@ -59,7 +59,7 @@ class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: events -> [B, S, U]. tasks: closed tasks by name.
+    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     """
 
@@ -67,7 +67,7 @@ class ContextualLM(nn.Module):
         self,
         lm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         event_texts: Mapping[str, Sequence[str]] | None = None,
@@ -149,17 +149,25 @@ class ContextualLM(nn.Module):
             rows = torch.arange(len(histories), device=histories.mask.device)
         if ends is None:
             ends = histories.lengths[rows]
+        causal = self.encoder.causal
         if self.config.kind == "none":
-            tokens = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
-            mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
-        else:
-            embeddings = self.encoder(histories)
+            embeddings = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
+            tokens, mask = embeddings, torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+        elif causal:  # one pass over a history knows what each of its prefixes would give
+            embeddings, _ = self.encoder(histories)
             tokens, mask = self.user_tokens(embeddings, rows, ends)
+        else:
+            embeddings, seen = self.encoder(histories.select(rows).prefixes(ends))
+            everyone = torch.arange(len(rows), device=rows.device)
+            tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
         users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
         if (block := self.attachment.after) is not None:
-            scores = self.encoder.item_scores(embeddings[rows, (ends - 1).clamp_min(0)])
+            at_least_one = ends.clamp_min(1)
+            scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
+            if scores is None:
+                scores = self.encoder.next_item_scores(histories, rows, at_least_one)
             users.catalogue = block.vectors(
-                torch.log_softmax(scores.float(), dim=-1), ends > 0, self._output_table
+                torch.log_softmax(scores.float(), -1), ends > 0, self._output_table
             )
         return users
 
@@ -169,6 +177,8 @@ class ContextualLM(nn.Module):
         trees = [self.answers[n].tree for n, task in self.tasks.items() if task.config.kind == "next_item"]
         if not trees:
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
+        if not self.encoder.ranks_items:
+            raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
         nodes = trees[0].paths[:, 1 : self.config.catalogue.tokens + 1]
         tokens = torch.where(nodes >= 0, trees[0].token[nodes.clamp_min(0)], -1)
         return CatalogueBlock(self.config.catalogue, tokens, self._output_table)

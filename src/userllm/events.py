@@ -77,6 +77,17 @@ class HistoryBatch:
         """The histories at ``rows`` [R], repeated where a row is named twice."""
         return self._each(lambda tensor: tensor[rows])
 
+    def prefixes(self, ends: Tensor) -> HistoryBatch:
+        """Each history's first ``ends`` [B] events; what came after is padding, as if it had never been."""
+        length = max(1, int(ends.max())) if len(ends) else 1
+        mask = (self.mask & (self.mask.cumsum(1) <= ends[:, None]))[:, :length]
+        fields = {
+            name: ids[:, :length].masked_fill(~mask if ids.ndim == 2 else ~mask[..., None], 0)
+            for name, ids in self.fields.items()
+        }
+        times = None if self.times is None else self.times[:, :length].masked_fill(~mask, UNKNOWN_TIME)
+        return HistoryBatch(fields, mask, times)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
         times = None if self.times is None else change(self.times)
         return HistoryBatch({k: change(v) for k, v in self.fields.items()}, change(self.mask), times)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,7 +23,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
+from userllm.encoders import (
+    AutoregressiveConfig,
+    EncoderConfig,
+    FieldShape,
+    UserEncoder,
+    config_of,
+    encoder_config_class,
+)
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 from userllm.fusion.catalogue import CatalogueConfig
@@ -69,7 +78,7 @@ class UserLLM(ContextualLM):
         self,
         lm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         collator: HistoryCollator,
@@ -87,9 +96,9 @@ class UserLLM(ContextualLM):
 
     @torch.no_grad()
     def encode(self, history: UserHistory) -> Tensor:
-        """User embeddings [events seen, U] of one history, the latest event last."""
-        batch = self._batch([history])
-        return self.encoder.eval()(batch)[0, : int(batch.lengths[0])]
+        """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen."""
+        embeddings, mask = self.encoder.eval()(self._batch([history]))
+        return embeddings[0][mask[0]]
 
     @overload
     def recommend(
@@ -224,6 +233,10 @@ class UserLLM(ContextualLM):
             )
         if self.config.kind != "cross_attention":
             raise UserError(f"explain: fusion.kind {self.config.kind} has no cross-attention to look at")
+        if not self.encoder.per_event:
+            raise UserError(
+                "explain: this encoder's embeddings stand for no single event; an autoregressive one's do"
+            )
         self._task(task)
         self.eval()
         users = self.context(self._batch([history]))
@@ -298,8 +311,9 @@ class UserLLM(ContextualLM):
                     "sha256": self.reference.sha256,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
                 },
-                "encoder": asdict(self.encoder.config),
-                "fields": [asdict(field) for field in self.encoder.features.fields],
+                "encoder": _described(self.encoder),
+                "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],
+                "vocabulary": _sha256(partial / "vocabulary.json"),
                 "fusion": asdict(self.config),
                 "tasks": {name: asdict(task.config) for name, task in self.tasks.items()},
             }
@@ -309,11 +323,14 @@ class UserLLM(ContextualLM):
             partial.rename(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, lm: str | None = None) -> UserLLM:
+    def from_pretrained(
+        cls, folder: Path | str, lm: str | None = None, encoder: UserEncoder | None = None
+    ) -> UserLLM:
         """Load what ``save_pretrained`` wrote.
 
-        lm: where the language model is, if not where it was. Raises UserError where the folder is no model, or the
-        language model's weights are not the ones the model was trained with.
+        lm: where the language model is, if not where it was. encoder: an encoder of your own, which userllm cannot
+        build; it gets the saved weights. Raises UserError where the folder is no model, where the language model's
+        weights are not the ones the model was trained with, and where encoder or vocabulary does not fit.
         """
         folder = Path(folder)
         file = folder / "config.json"
@@ -343,8 +360,8 @@ class UserLLM(ContextualLM):
             raise UserError(
                 f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
             ) from error
-        collator = HistoryCollator(items, Vocabulary.load(folder / "vocabulary.json"))
-        encoder = AutoregressiveConfig(**saved["encoder"]).build([FieldShape(**f) for f in saved["fields"]])
+        collator = HistoryCollator(items, _vocabulary(folder, saved))
+        encoder = _encoder(file, saved, encoder)
         _fill(encoder.state_dict(), folder / "encoder.safetensors")
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(
@@ -365,9 +382,63 @@ class UserLLM(ContextualLM):
         return weights
 
 
-def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
+def field_shapes(vocabulary: Vocabulary) -> list[FieldShape]:
+    """What an encoder must know of a vocabulary's fields."""
+    return [FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary]
+
+
+def encoder_for(vocabulary: Vocabulary, config: EncoderConfig) -> UserEncoder:
     """An encoder with random weights for a vocabulary's fields."""
-    return config.build([FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary])
+    return config.build(field_shapes(vocabulary))
+
+
+def _described(encoder: UserEncoder) -> dict[str, Any]:
+    """What config.json says of an encoder: its configuration, or that it is somebody's own."""
+    config = config_of(encoder)
+    own = {"kind": "own", "class": type(encoder).__name__, "width": encoder.width}
+    return own if config is None else asdict(config)
+
+
+def _encoder(file: Path, saved: dict[str, Any], given: UserEncoder | None) -> UserEncoder:
+    """The encoder that config.json (``file``) speaks of; ``given`` if somebody brings it."""
+    described = {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
+    if given is not None:
+        if given.width != described["width"]:
+            raise UserError(
+                f"{file}: the fusion was trained with user embeddings of width {described['width']}, those of the "
+                f"{type(given).__name__} given are {given.width} wide; give the encoder it was trained with"
+            )
+        return given
+    if described["kind"] == "own":
+        raise UserError(
+            f"{file}: trained with an encoder of somebody's own, {described['class']}; build it as it was built then "
+            "and load with UserLLM.from_pretrained(folder, encoder=...)"
+        )
+    return encoder_config_class(described["kind"])(**described).build(
+        [FieldShape(**f) for f in saved["fields"]]
+    )
+
+
+def _vocabulary(folder: Path, saved: dict[str, Any]) -> Vocabulary:
+    """vocabulary.json, if it is the one the encoder was trained with."""
+    file = folder / "vocabulary.json"
+    vocabulary = Vocabulary.load(file)
+    for have, need in zip_longest(field_shapes(vocabulary), [FieldShape(**f) for f in saved["fields"]]):
+        if have != need:
+            raise UserError(f"{file}: has {_spelt(have)}, the encoder was trained with {_spelt(need)}")
+    if "vocabulary" in saved and _sha256(file) != saved["vocabulary"]:
+        raise UserError(
+            f"{file}: not the vocabulary the encoder was trained with: its ids stand for other values"
+        )
+    return vocabulary
+
+
+def _spelt(field: FieldShape | None) -> str:
+    return "no further field" if field is None else f"{field.size} ids of field {field.name!r}"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:

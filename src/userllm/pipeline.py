@@ -31,7 +31,7 @@ from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
@@ -96,7 +96,9 @@ class Run:
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
-        from_text = self.config.encoder.item_start == "text"
+        from_text = (
+            isinstance(self.config.encoder, AutoregressiveConfig) and self.config.encoder.item_start == "text"
+        )
         keys = ["data", "split", "encoder", "pretrain", "seed", *(["lm"] if from_text else [])]
         file = self.folder / "pretrain" / "encoder" / "encoder.safetensors"
         with self._stage("pretrain", keys, file.exists) as todo:
@@ -168,7 +170,7 @@ class Run:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def load_encoder(self) -> AutoregressiveEncoder:
+    def load_encoder(self) -> UserEncoder:
         """The encoder of stage 1."""
         encoder = encoder_for(self.vocabulary, self.config.encoder)
         encoder.load_state_dict(
@@ -176,12 +178,14 @@ class Run:
         )
         return encoder
 
-    def _start_from_text(self, encoder: AutoregressiveEncoder, file: Path) -> None:
+    def _start_from_text(self, encoder: UserEncoder, file: Path) -> None:
         """Item embeddings from the titles; what a new title's embedding needs is written to ``file``."""
+        config = self.config.encoder
+        assert isinstance(config, AutoregressiveConfig) and isinstance(encoder, AutoregressiveEncoder)
         lm, tokenizer, _ = load(self.config.lm)
         titles = self.dataset.items["title"].to_list()
-        vectors = text_embeddings(lm, tokenizer, titles, self.config.encoder.item_text)
-        start = TextStart.fit(vectors, self.config.encoder.item_width)
+        vectors = text_embeddings(lm, tokenizer, titles, config.item_text)
+        start = TextStart.fit(vectors, config.item_width)
         encoder.features.start("item", start.rows(vectors))
         start.save(file)
 

@@ -121,7 +121,7 @@ def test_training_with_a_sample_learns(make_encoder, stored, kind):
         encoder.next_event_losses(**batch)["loss"].backward()
         optimizer.step()
     kept = batch["targets"].mask
-    scores = encoder.item_scores(encoder(batch["inputs"])[kept])
+    scores = encoder.item_scores(encoder(batch["inputs"])[0][kept])
     assert scores.shape == (11, 20)
     assert (scores.argmax(-1) == batch["targets"].fields["item"][kept] - 2).float().mean() > 0.9
 

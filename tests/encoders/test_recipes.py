@@ -68,16 +68,16 @@ def test_the_past_only_and_one_pass_equals_prefix_by_prefix(recipe, full, settin
     """Another later event, at another time, changes no earlier output."""
     encoder = recipe(**settings)
     with torch.no_grad():
-        whole = encoder(full)
+        whole = encoder(full)[0]
         for length in range(1, 10):
-            last = encoder(sliced(full, length))[:, -1]
+            last = encoder(sliced(full, length))[0][:, -1]
             torch.testing.assert_close(last, whole[:, length - 1], atol=1e-5, rtol=1e-5)
             ids = {name: ids.clone() for name, ids in full.fields.items()}
             times = full.times.clone()
             ids["item"][:, length - 1] = 2 + (ids["item"][:, length - 1] - 1) % 20
             ids["time_gap"][:, length - 1 :] = 20
             times[:, length - 1 :] += 10**7
-            other = encoder(HistoryBatch(ids, full.mask, times))
+            other = encoder(HistoryBatch(ids, full.mask, times))[0]
             assert torch.equal(other[:, : length - 1], whole[:, : length - 1])
             assert (other[:, length - 1 :] != whole[:, length - 1 :]).any(-1).all()
 
@@ -87,10 +87,10 @@ def test_padding_and_company_do_not_matter(recipe, timed, settings):
     encoder = recipe(**settings)
     rows = [(7, 0, 9), (5, 0, 4), (3, 2, 3)]
     with torch.no_grad():
-        together = encoder(timed.batch([*rows, (6, 0, 11), (8, 0, 0)]))
+        together = encoder(timed.batch([*rows, (6, 0, 11), (8, 0, 0)]))[0]
         assert together.isfinite().all()
         for b, (user, start, stop) in enumerate(rows):
-            alone = encoder(timed.batch([(user, start, stop)]))[0]
+            alone = encoder(timed.batch([(user, start, stop)]))[0][0]
             torch.testing.assert_close(together[b, : stop - start], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -107,13 +107,13 @@ def test_only_relative_time_looks_at_times(recipe, full):
     unknown = HistoryBatch(full.fields, full.mask, torch.full_like(full.times, UNKNOWN_TIME))
     with torch.no_grad():
         rotary, relative = recipe(positions="rotary"), recipe(positions="relative_time")
-        assert torch.equal(rotary(full), rotary(later))
-        assert torch.equal(rotary(full), rotary(without))
-        assert not torch.equal(relative(full), relative(later))
-        assert relative(unknown).isfinite().all()
+        assert torch.equal(rotary(full)[0], rotary(later)[0])
+        assert torch.equal(rotary(full)[0], rotary(without)[0])
+        assert not torch.equal(relative(full)[0], relative(later)[0])
+        assert relative(unknown)[0].isfinite().all()
         shifted = full.times + 999 * (full.times != UNKNOWN_TIME)
         moved = HistoryBatch(full.fields, full.mask, shifted)
-        torch.testing.assert_close(relative(moved), relative(full), msg="only differences of times count")
+        torch.testing.assert_close(relative(moved)[0], relative(full)[0], msg="only differences of times count")
     with pytest.raises(ValueError, match="the batch has no times"):
         relative(without)
 
@@ -214,7 +214,7 @@ def test_the_defaults_are_what_they_were_before_there_were_settings():
     weights = sum(float(weight.double().abs().sum()) for weight in encoder.state_dict().values())
     assert weights == pytest.approx(709.2504343484834, rel=1e-7)
     with torch.no_grad():
-        output = encoder.eval()(made_batch(0))
+        output, _ = encoder.eval()(made_batch(0))
     last = torch.stack([output[0, 7, :3], output[1, 4, :3]])
     written = [[-0.02199352, 0.31368578, -1.18985534], [0.24005774, 0.45522493, -1.06857526]]
     torch.testing.assert_close(last, torch.tensor(written))
@@ -238,12 +238,12 @@ def test_positions_counted_from_the_end(make_encoder, stored):
     with torch.no_grad():
         for b, (user, start, stop) in enumerate(rows):
             n = stop - start
-            alone = encoder(stored.batch([(user, start, stop)]))[0]
-            torch.testing.assert_close(encoder(batch)[b, :n], alone, atol=1e-5, rtol=1e-5)
+            alone = encoder(stored.batch([(user, start, stop)]))[0][0]
+            torch.testing.assert_close(encoder(batch)[0][b, :n], alone, atol=1e-5, rtol=1e-5)
             forwards.positions.weight[:n] = encoder.positions.weight[:n].flip(0)
-            torch.testing.assert_close(forwards(stored.batch([(user, start, stop)]))[0], alone)
-        prefix = encoder(stored.batch([(7, 0, 5)]))[0, -1]
-        assert not torch.allclose(prefix, encoder(batch)[0, 4], atol=1e-3), "a prefix is not yet at its end"
+            torch.testing.assert_close(forwards(stored.batch([(user, start, stop)]))[0][0], alone)
+        prefix = encoder(stored.batch([(7, 0, 5)]))[0][0, -1]
+        assert not torch.allclose(prefix, encoder(batch)[0][0, 4], atol=1e-3), "a prefix is not yet at its end"
 
 
 def test_a_field_of_weight_0_is_read_but_its_loss_is_not_computed(make_encoder, stored, monkeypatch):

@@ -62,7 +62,11 @@ def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_se
         items = dataset.events["item"][dataset.offsets[user] :]
         target, seen = int(items[stop]), set(items[:stop].tolist()) if exclude_seen else ()
         with torch.no_grad():
-            own = first_stage.item_scores(first_stage(stored.batch(row[None]))[0, -1]).log_softmax(-1).numpy()
+            own = (
+                first_stage.item_scores(first_stage(stored.batch(row[None]))[0][0, -1])
+                .log_softmax(-1)
+                .numpy()
+            )
         systems = {
             "user_llm": with_history(row),
             "user_llm_shuffled": with_history(rows[judge.other[place]]),

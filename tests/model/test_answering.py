@@ -105,7 +105,7 @@ def test_histories_of_any_length(model, dataset, length):
 def test_embeddings_are_the_encoders(model, dataset, stored):
     history = dataset.history(7, 0, 6)
     with torch.no_grad():
-        expected = model.encoder(stored.batch([(7, 0, 6)]))[0]
+        expected = model.encoder(stored.batch([(7, 0, 6)]))[0][0]
     torch.testing.assert_close(model.encode(history), expected)
 
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from userllm.baselines.popularity import item_counts
 from userllm.data.batches import BatchConfig
 from userllm.data.collation import StoredHistories
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig
 from userllm.model import encoder_for
-from userllm.training.pretrain import PretrainConfig, pretrain
+from userllm.training.pretrain import PretrainConfig, pretrain, training_counts
 from userllm.training.trainer import set_seed
 
 
@@ -42,4 +41,4 @@ def test_an_encoder_with_other_settings_is_trained(dataset, split, tmp_path, set
         name for name, weight in encoder.state_dict().items() if torch.equal(weight, before[name])
     }
     if encoder.needs_frequencies:
-        assert torch.equal(encoder.item_loss.frequencies, item_counts(dataset, split).float())
+        assert torch.equal(encoder.item_loss.frequencies, training_counts(stored, split)["item"][2:].float())

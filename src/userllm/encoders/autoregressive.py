@@ -10,7 +10,7 @@ Where we differ from the paper or fill in what it leaves out ("ours"):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.encoders.base import UserEncoder
 from userllm.encoders.blocks import Block, RelativeTimeBias, rotations, time_apart
 from userllm.encoders.features import RESERVED, FieldShape, FieldTables
 from userllm.encoders.item_loss import ItemLoss
@@ -29,6 +30,8 @@ from userllm.events import HistoryBatch
 class AutoregressiveConfig:
     """Sizes of the autoregressive encoder; defaults are the paper's where it states them."""
 
+    kind: Literal["autoregressive"] = "autoregressive"
+    """Which encoder: autoregressive (paper's choice), dual or bert4rec."""
     layers: int = 6
     """Transformer layers (paper: 6)."""
     width: int = 128
@@ -83,17 +86,21 @@ class AutoregressiveConfig:
         return AutoregressiveEncoder(self, fields)
 
 
-class AutoregressiveEncoder(nn.Module):
+class AutoregressiveEncoder(UserEncoder):
     """Events [B, S] -> user embeddings [B, S, U], one per event; position s knows events 0..s only.
 
     Histories are padded on the right, so the causal mask alone keeps padding out of every real position. With positions
     counted from the end an output also knows how many events follow, though nothing of them.
     """
 
+    causal = True
+    ranks_items = True
+
     def __init__(self, config: AutoregressiveConfig, fields: list[FieldShape]):
         super().__init__()
         _check(config, fields)
         self.config = config
+        self.width, self.max_length = config.width, config.max_length
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
         self.positions = (
             nn.Embedding(config.max_length, config.width) if config.positions == "learned" else None
@@ -135,20 +142,10 @@ class AutoregressiveEncoder(nn.Module):
         """How often each value of a field occurs among the training targets: by field, [size], by vocabulary id."""
         self.item_loss.frequencies.copy_(counts["item"][RESERVED:])
 
-    @property
-    def width(self) -> int:
-        """U."""
-        return self.config.width
+    def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
+        """User embeddings [B, S, U] and the batch's mask; values at padding are meaningless.
 
-    @property
-    def max_length(self) -> int:
-        """Events seen at most."""
-        return self.config.max_length
-
-    def forward(self, batch: HistoryBatch) -> Tensor:
-        """User embeddings [B, S, U]; values at padding are meaningless. S must not exceed ``max_length``.
-
-        Relative-time positions need ``batch.times``.
+        S must not exceed ``max_length``. Relative-time positions need ``batch.times``.
         """
         length = batch.mask.shape[1]
         if length > self.config.max_length:
@@ -170,11 +167,19 @@ class AutoregressiveEncoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, rotation, apart)
-        return self.norm(x)
+        return self.norm(x), batch.mask
 
     def item_scores(self, embeddings: Tensor) -> Tensor:
         """Scores of every catalogue item as the next event, [..., items], from user embeddings [..., U]."""
         return self.features.scores("item", embeddings)
+
+    def next_item_scores(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> Tensor:
+        """See ``UserEncoder``."""
+        return self.item_scores(self(histories)[0][rows, ends - 1])
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The output heads."""
+        return self.features.heads.parameters()
 
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
         """Next-event loss per field and their weighted mean under ``"loss"`` (User-LLM section 3.1), in nats.
@@ -182,7 +187,7 @@ class AutoregressiveEncoder(nn.Module):
         ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask. A field of weight
         0 has no loss.
         """
-        hidden = self(inputs)[targets.mask]
+        hidden = self(inputs)[0][targets.mask]
         weights = {f.name: self.config.field_weights.get(f.name, 1.0) for f in self.features.fields}
         losses = self.features.losses(
             hidden,

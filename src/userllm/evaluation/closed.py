@@ -20,7 +20,7 @@ from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
@@ -61,14 +61,14 @@ class Answered:
 class ClosedEvaluator:
     """Evaluates the closed tasks of a model on one part of a split.
 
-    encoder: the encoder as stage 1 left it, whose own full-catalogue ranking is a baseline (stage 2 trains the model's
-    copy for the language model, without its output heads).
+    encoder: the encoder as stage 1 left it, whose own full-catalogue ranking, if it can do that, is a baseline (stage 2
+    trains the model's copy for the language model, without its output heads).
     """
 
     def __init__(
         self,
         model: UserLLM,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         dataset: Dataset,
         split: Split,
         stored: StoredHistories,
@@ -109,10 +109,11 @@ class ClosedEvaluator:
         base = self.model.all_log_likelihoods(name, None).cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
-            ranks, logliks = encoder_ranks(
-                self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
-            )
-            systems["encoder"] = Answered(ranks, logliks)
+            if self.encoder.ranks_items:
+                ranks, logliks = encoder_ranks(
+                    self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
+                )
+                systems["encoder"] = Answered(ranks, logliks)
             counts = item_counts(self.dataset, self.split)
             systems["popularity"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
         else:

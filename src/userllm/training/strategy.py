@@ -34,7 +34,8 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
             weight.requires_grad_(True)
     if strategy != "proj":
         model.encoder.requires_grad_(True)
-        model.encoder.features.heads.requires_grad_(False)
+        for weight in model.encoder.head_parameters():
+            weight.requires_grad_(False)
     model.user_tokens.requires_grad_(True)
     if model.soft_prompt is not None:
         model.soft_prompt.requires_grad_(True)
