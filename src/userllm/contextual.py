@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
+from userllm.decoding.exact import score_answers
 from userllm.decoding.prefix_tree import PrefixTree
 from userllm.encoders import AutoregressiveEncoder
 from userllm.errors import UserError
@@ -231,6 +232,27 @@ class ContextualLM(nn.Module):
             state = TextInLM(self, len(users.tokens), task)
             return search_answers(state, self.answers[task], self.head, len(users.tokens), k, beams, excluded)
 
+    def score_answers(
+        self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
+    ) -> Tensor:
+        """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1.
+
+        Every node of the answers' prefix tree is read once per user, ``block`` texts at a time; see ``decoding.exact``.
+        """
+        closed = self.answers[task]
+        asked = torch.arange(len(closed), device=closed.prompt_ids.device) if answers is None else answers
+        parts: list[UserContext | None] = [None]
+        if users is not None:
+            everyone = torch.arange(len(users.tokens), device=users.tokens.device)
+            parts = [users.select(some) for some in everyone.split(block)]
+        scores = []
+        for some in parts:
+            count = 1 if some is None else len(some.tokens)
+            with torch.no_grad(), self._conditioned_or_not(some):
+                state = TextInLM(self, count, task)
+                scores.append(score_answers(state, closed, self.head, count, asked, block))
+        return torch.cat(scores)
+
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""
         if users is not None and len(users.tokens) != 1:
@@ -406,6 +428,13 @@ class TextInLM:
         self.cache.batch_select_indices(parents)
         states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
         return self._read(tokens[:, None], states)
+
+    def fork(self) -> TextInLM:
+        """The same texts once more, to be continued in another way."""
+        other = copy.copy(self)
+        other.cache = copy.copy(self.cache)
+        other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return other
 
     def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
         hidden = self.model._hidden(input_ids, states, self.cache)

@@ -146,6 +146,29 @@ class UserLLM(ContextualLM):
         ]
 
     @torch.no_grad()
+    def score(
+        self,
+        history: UserHistory | Sequence[UserHistory],
+        items: Sequence[str] | None = None,
+        *,
+        task: str = "next_item",
+        block: int = 256,
+    ) -> Tensor:
+        """Exact log-likelihoods, in nats, of given answers: [A] for one user, [B, A] for a list of users.
+
+        items: raw ids or unique titles of the catalogue in any order (of another task than next item: its answers);
+        the whole catalogue, in its order, by default. What the user has had already is scored like the rest. block:
+        texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
+        """
+        asked = self._answers_of(self._task(task), items)
+        histories = [history] if isinstance(history, UserHistory) else list(history)
+        self.eval()
+        scores = torch.empty(0, len(asked))
+        if histories:
+            scores = self.score_answers(task, self.context(self._batch(histories)), asked, block).cpu()
+        return scores[0] if isinstance(history, UserHistory) else scores
+
+    @torch.no_grad()
     def generate(
         self,
         prompt: str,
@@ -231,8 +254,9 @@ class UserLLM(ContextualLM):
     def _batch(self, histories: Sequence[UserHistory]):
         batch, unknown = self.collator.from_histories(histories, max_length=self.encoder.max_length)
         if unknown:
-            named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            warnings.warn(f"items that the model has never seen are read as unknown: {named}", stacklevel=3)
+            warnings.warn(
+                f"items that the model has never seen are read as unknown: {_named(unknown)}", stacklevel=3
+            )
         return batch.to(self.lm.device)
 
     def _task(self, name: str) -> ClosedTask:
@@ -241,6 +265,23 @@ class UserLLM(ContextualLM):
                 f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}"
             )
         return self.tasks[name]
+
+    def _answers_of(self, task: ClosedTask, items: Sequence[str] | None) -> Tensor:
+        """Numbers [A] of the answers that go by these names."""
+        if items is None:
+            return torch.arange(len(task.answers), device=self.lm.device)
+        if isinstance(items, str):
+            raise UserError(f"items is the text {items!r}; give a list of ids or titles")
+        if task.config.kind == "next_item":
+            rows, known = [self.collator.row_of(item) for item in items], self.collator.num_items
+            give = "give ids of the catalogue, or titles that only one item has"
+        else:
+            number = {answer: n for n, answer in enumerate(task.answers)}
+            rows, known = [number.get(item, len(number)) for item in items], len(number)
+            give = f"its answers are {_named(task.answers)}"
+        if unknown := list(dict.fromkeys(str(i) for i, row in zip(items, rows, strict=True) if row == known)):
+            raise UserError(f"unknown to task {task.name}: {_named(unknown)}; {give}")
+        return torch.tensor(rows, dtype=torch.long, device=self.lm.device)
 
     def _recommendation(self, task: ClosedTask, answer: int, score: float) -> Recommendation:
         text = task.answers[answer]
@@ -348,6 +389,10 @@ class UserLLM(ContextualLM):
 def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
     """An encoder with random weights for a vocabulary's fields."""
     return config.build([FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary])
+
+
+def _named(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def _save(weights: Mapping[str, Tensor], file: Path) -> None:
