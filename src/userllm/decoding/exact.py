@@ -1,7 +1,7 @@
 """Exact log-likelihoods of many answers at once, over their prefix tree.
 
 Titles that begin alike share the tokens of their beginning: a node of the tree that leads to an asked answer is read
-once per user, not once per answer below it. The walk goes down level by level, in blocks of nodes; the blocks of a level
+once per user, not once per answer below it. The walk goes down level by level, in blocks of nodes; a level's blocks
 wait while everything below the one before them is read. So memory is bounded by the block and the tree's depth, never
 by the size of the catalogue.
 """

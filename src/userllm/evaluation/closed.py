@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userllm.baselines.own_history import own_most_frequent
 from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
@@ -113,6 +114,7 @@ class ClosedEvaluator:
             systems["encoder"] = Answered(ranks, logliks)
             counts = item_counts(self.dataset, self.split)
             systems["popularity"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+            systems["own_most_frequent"] = self._own_most_frequent(rows, targets, counts)
         else:
             counts = answer_counts(task, self.dataset, self.split, window)
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
@@ -175,6 +177,17 @@ class ClosedEvaluator:
         else:
             ranks = rank_of(scores[None].expand(len(rows), -1), targets).numpy()
         return Answered(ranks, log_p[targets].double().numpy())
+
+    def _own_most_frequent(self, rows: np.ndarray, targets: Tensor, popularity: Tensor) -> Answered:
+        """What the user had most often. With seen items excluded nothing of one's own is left: popularity remains."""
+        if self.config.exclude_seen:
+            return Answered(fixed_ranks(popularity, self.dataset, rows, exclude_seen=True))
+        ranks = np.zeros(len(rows), dtype=np.int64)
+        for start in range(0, len(rows), 512):
+            part = slice(start, start + 512)
+            scores = own_most_frequent(self.dataset, rows[part], popularity)
+            ranks[part] = rank_of(scores, targets[part]).numpy()
+        return Answered(ranks)
 
     def _count_exactly(self, task: ClosedTask, rows: np.ndarray, targets: Tensor, window: int) -> np.ndarray:
         """Ranks by counting the field's values in the very batch the encoder gets: the upper bound."""

@@ -15,6 +15,7 @@ SYSTEMS = {
     "no_user": "Same LM, no user",
     "encoder": "User encoder alone",
     "popularity": "Popularity",
+    "own_most_frequent": "User's own most frequent",
     "majority": "Majority class",
     "exact": "Exact answer (upper bound)",
 }
