@@ -34,6 +34,7 @@ from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveEncoder
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
+from userllm.evaluation.knowledge import knowledge_kept
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
@@ -151,9 +152,9 @@ class Run:
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                _write(
-                    self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1)
-                )
+                metrics = self._metrics(model, tasks, evaluator)
+                metrics["knowledge"] = self._knowledge(model, evaluator)
+                _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
         self._refresh_timings()
 
     def do_report(self) -> None:
@@ -270,6 +271,15 @@ class Run:
                 "among equal scores the item that comes first in the catalogue wins",
             ],
         }
+
+    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
+        config = self.config.evaluation
+        say("knowledge: a general English text, before and after")
+        original = load(self.config.lm)[0].to(model.lm.device) if model.strategy == "full" else None  # type: ignore[arg-type]
+        with torch.no_grad():
+            rows = evaluator.rows[: config.knowledge_users]
+            users = model.context(self.stored.batch(rows).to(model.lm.device))
+        return knowledge_kept(model, users, original, config.knowledge_tokens)
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,9 @@ def test_a_run_leaves_everything(finished):
     assert metrics["dataset"]["users"] == 12
     assert metrics["dataset"]["items"] == 24
     assert set(metrics["timings_s"]) >= {"data", "pretrain", "contextualize", "evaluate"}
+    knowledge = metrics["knowledge"]
+    assert knowledge["without_user"] == knowledge["base"] != knowledge["with_users"]
+    assert (knowledge["tokens"], knowledge["users"]) == (511, 2)
     for task, baseline in (("next_item", "popularity"), ("favorite_genre", "majority")):
         entry = metrics["tasks"][task]
         assert entry["n"] == 12

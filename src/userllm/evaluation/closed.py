@@ -46,6 +46,10 @@ class EvaluationConfig:
     """Whether next items already in the history are left out of every system's list."""
     batch: int = 32
     """Users answered at once."""
+    knowledge_tokens: int | None = 512
+    """Tokens of the general English text that the LM reads, to see what it still knows; null: all, about 2,000."""
+    knowledge_users: int = 2
+    """Users it reads the text with, one after the other."""
 
 
 @dataclass
