@@ -6,7 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -26,8 +26,10 @@ from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.perceiver import PerceiverConfig
+from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
+from userllm.model_card import write_description
 from userllm.tasks import ClosedTask, TaskConfig, build_task
 
 FORMAT_VERSION = 1
@@ -77,6 +79,8 @@ class UserLLM(ContextualLM):
         self.reference = reference
         self.strategy: Strategy = strategy
         self.adapter = adapter
+        self.run: dict[str, Any] = {}
+        """What is known of the run that made this model: dataset, split, results. For its card; see ``model_card``."""
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -290,11 +294,12 @@ class UserLLM(ContextualLM):
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, name: str | None = None) -> None:
         """Write one folder that ``from_pretrained`` reads: weights as safetensors, the rest as JSON and Parquet.
 
         A frozen LM is stored as a reference with its hash, a LoRA adapter as a plain peft folder, a fully trained LM
-        as a Hugging Face folder. The folder appears whole or not at all; an earlier model in it is replaced.
+        as a Hugging Face folder. A README.md says what it is, under ``name`` (by default the folder's). The folder
+        appears whole or not at all; an earlier model in it is replaced.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "fusion.safetensors").is_file():
@@ -321,25 +326,63 @@ class UserLLM(ContextualLM):
                     "name": _where(self.reference),
                     "source": self.reference.source,
                     "sha256": self.reference.sha256,
+                    "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
                 },
                 "encoder": asdict(self.encoder.config),
                 "fields": [asdict(field) for field in self.encoder.features.fields],
                 "fusion": asdict(self.config),
                 "tasks": {name: asdict(task.config) for name, task in self.tasks.items()},
+                "run": self.run,
             }
-            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            write_description(partial, description, name or folder.name)
             if folder.exists():
                 folder.rename(Path(scratch) / "replaced")
             partial.rename(folder)
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str, lm: str | None = None) -> UserLLM:
-        """Load what ``save_pretrained`` wrote.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload a userllm model",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to a model repository of the Hugging Face hub; returns its address.
 
-        lm: where the language model is, if not where it was. Raises UserError where the folder is no model, or the
+        The repository is made where there is none, as ``private`` says (None: as the hub does by default, which may
+        be public). The catalogue goes along: look at your dataset's terms first. Raises UserError within seconds
+        where the hub cannot be reached or refuses.
+        """
+        return upload(
+            lambda folder: self.save_pretrained(folder, name=repo_id),
+            repo_id,
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        lm: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> UserLLM:
+        """Load what ``save_pretrained`` wrote: a folder, or a model on the Hugging Face hub by its id, OWNER/NAME.
+
+        lm: where the language model is, if not where it was. revision, token: of a model on the hub (a folder of that
+        name comes first). Raises UserError where the folder is no model, the hub cannot be reached or refuses, or the
         language model's weights are not the ones the model was trained with.
         """
+        if not Path(folder).exists() and is_repo_id(str(folder)):
+            folder = download(str(folder), revision, token)
         folder = Path(folder)
         file = folder / "config.json"
         if not file.is_file():
@@ -355,7 +398,15 @@ class UserLLM(ContextualLM):
             raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
         strategy: Strategy = saved["strategy"]
         where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
-        base, tokenizer, reference = load(LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"]))
+        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"])
+        if where == saved["lm"]["name"]:
+            asked.revision = saved["lm"].get("revision")  # folders written by userllm 0.1.0 do not say
+        base, tokenizer, reference = load(asked)
+        if strategy == "full" and lm is None:  # where the LM came from, not where it was put
+            origin = saved["lm"]
+            reference = replace(
+                reference, name=origin["name"], sha256=origin["sha256"], revision=origin.get("revision")
+            )
         if strategy != "full" and reference.sha256 != saved["lm"]["sha256"]:
             raise UserError(
                 f"{file}: trained with {saved['lm']['name']} (sha256 {saved['lm']['sha256'][:12]}...), but {where} has "
@@ -376,6 +427,7 @@ class UserLLM(ContextualLM):
             base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter
         )
         _fill(model._fusion_weights(), folder / "fusion.safetensors")
+        model.run = saved.get("run", {})  # folders written by userllm 0.1.0 have none
         model.requires_grad_(False)
         return model.eval()
 

@@ -39,6 +39,7 @@ from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.model import UserLLM, encoder_for
+from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import build_task
 from userllm.training.contextualize import contextualize
@@ -133,7 +134,8 @@ class Run:
                 )  # fmt: skip
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
-                model.save_pretrained(done.parent)
+                model.run = self._data_facts()
+                model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:
         """Metrics of every task, and three users' answers."""
@@ -155,6 +157,8 @@ class Run:
                 metrics = self._metrics(model, tasks, evaluator)
                 metrics["knowledge"] = self._knowledge(model, evaluator)
                 _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+                results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
+                add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
         self._refresh_timings()
 
     def do_report(self) -> None:
@@ -228,13 +232,9 @@ class Run:
             "tasks": answers,
         }
 
-    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+    def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card
-        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
         return {
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
             "dataset": {
                 "name": card.name,
                 "fingerprint": card.fingerprint,
@@ -249,6 +249,15 @@ class Run:
                 "tie_rule": card.tie_rule,
                 "part": self.config.evaluation.part,
             },
+        }
+
+    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        return {
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(),
+            **self._data_facts(),
             "lm": {
                 "name": model.reference.name,
                 "source": model.reference.source,
