@@ -135,6 +135,9 @@ class Run:
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
                 model.run = self._data_facts()
+                del model.run["dataset"][
+                    "source"
+                ]  # a model may go elsewhere: where the files lay here stays here
                 model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:
