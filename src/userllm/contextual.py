@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
+from userllm.decoding.exact import score_answers
 from userllm.decoding.prefix_tree import PrefixTree
 from userllm.encoders import UserEncoder
 from userllm.errors import UserError
@@ -287,6 +288,27 @@ class ContextualLM(nn.Module):
         with torch.no_grad(), self.conditioned(users):
             state = TextInLM(self, len(users), task, context=users)
             return search_answers(state, self.answers[task], self.head, len(users), k, beams, excluded)
+
+    def score_answers(
+        self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
+    ) -> Tensor:
+        """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1.
+
+        Every node of the answers' prefix tree is read once per user, ``block`` texts at a time; see ``decoding.exact``.
+        """
+        closed = self.answers[task]
+        asked = torch.arange(len(closed), device=closed.prompt_ids.device) if answers is None else answers
+        parts: list[UserContext | None] = [None]
+        if users is not None:
+            everyone = torch.arange(len(users), device=users.tokens.device)
+            parts = [users.select(some) for some in everyone.split(block)]
+        scores = []
+        for some in parts:
+            count = 1 if some is None else len(some)
+            with torch.no_grad(), self._conditioned_or_not(some):
+                state = TextInLM(self, count, task, context=some)
+                scores.append(score_answers(state, closed, self.head, count, asked, block))
+        return torch.cat(scores)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""

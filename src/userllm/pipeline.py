@@ -35,11 +35,13 @@ from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, UserEn
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
+from userllm.evaluation.knowledge import knowledge_kept
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import UserLLM, encoder_for
+from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import build_task
 from userllm.training.contextualize import contextualize
@@ -139,7 +141,11 @@ class Run:
                 )  # fmt: skip
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
-                model.save_pretrained(done.parent)
+                model.run = self._data_facts()
+                del model.run["dataset"][
+                    "source"
+                ]  # a model may go elsewhere: where the files lay here stays here
+                model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:
         """Metrics of every task, and three users' answers."""
@@ -158,9 +164,11 @@ class Run:
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                _write(
-                    self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1)
-                )
+                metrics = self._metrics(model, tasks, evaluator)
+                metrics["knowledge"] = self._knowledge(model, evaluator)
+                _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+                results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
+                add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
         self._refresh_timings()
 
     def do_report(self) -> None:
@@ -245,13 +253,9 @@ class Run:
             "tasks": answers,
         }
 
-    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+    def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card
-        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
         return {
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
             "dataset": {
                 "name": card.name,
                 "fingerprint": card.fingerprint,
@@ -266,6 +270,15 @@ class Run:
                 "tie_rule": card.tie_rule,
                 "part": self.config.evaluation.part,
             },
+        }
+
+    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        return {
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(),
+            **self._data_facts(),
             "lm": {
                 "name": model.reference.name,
                 "source": model.reference.source,
@@ -288,6 +301,15 @@ class Run:
                 "among equal scores the item that comes first in the catalogue wins",
             ],
         }
+
+    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
+        config = self.config.evaluation
+        say("knowledge: a general English text, before and after")
+        original = load(self.config.lm)[0].to(model.lm.device) if model.strategy == "full" else None  # type: ignore[arg-type]
+        with torch.no_grad():
+            rows = evaluator.rows[: config.knowledge_users]
+            users = model.context(self.stored.batch(rows).to(model.lm.device))
+        return knowledge_kept(model, users, original, config.knowledge_tokens)
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 

@@ -31,6 +31,9 @@ def test_a_run_leaves_everything(finished):
     assert metrics["dataset"]["users"] == 12
     assert metrics["dataset"]["items"] == 24
     assert set(metrics["timings_s"]) >= {"data", "pretrain", "contextualize", "evaluate"}
+    knowledge = metrics["knowledge"]
+    assert knowledge["without_user"] == knowledge["base"] != knowledge["with_users"]
+    assert (knowledge["tokens"], knowledge["users"]) == (511, 2)
     for task, baseline in (("next_item", "popularity"), ("favorite_genre", "majority")):
         entry = metrics["tasks"][task]
         assert entry["n"] == 12
@@ -38,6 +41,25 @@ def test_a_run_leaves_everything(finished):
         for system in ("user_llm", "user_llm_shuffled", "no_user", baseline):
             assert set(entry[system]["recall@10"]) == {"value", "low", "high"}
         assert set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}
+
+
+def test_the_model_has_a_card_with_the_runs_results(finished):
+    metrics = json.loads((finished / "runs/demo/metrics.json").read_text())
+    model = finished / "runs/demo/contextualize/model"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: userllm\n")
+    assert "# demo\n" in card
+    for told in (
+        metrics["dataset"]["fingerprint"],
+        metrics["split"]["fingerprint"],
+        "Next item, n = 12 of 12 users",
+    ):
+        assert told in card
+    best = metrics["tasks"]["next_item"]["user_llm"]["recall@10"]
+    assert f"{best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}]" in card
+    assert "exactly" not in card and "general English text" in card
+    saved = json.loads((model / "config.json").read_text())
+    assert saved["run"]["tasks"] == metrics["tasks"]
 
 
 def test_what_is_done_is_not_done_again(userllm, finished):
