@@ -113,7 +113,9 @@ def test_only_relative_time_looks_at_times(recipe, full):
         assert relative(unknown)[0].isfinite().all()
         shifted = full.times + 999 * (full.times != UNKNOWN_TIME)
         moved = HistoryBatch(full.fields, full.mask, shifted)
-        torch.testing.assert_close(relative(moved)[0], relative(full)[0], msg="only differences of times count")
+        torch.testing.assert_close(
+            relative(moved)[0], relative(full)[0], msg="only differences of times count"
+        )
     with pytest.raises(ValueError, match="the batch has no times"):
         relative(without)
 
@@ -243,7 +245,9 @@ def test_positions_counted_from_the_end(make_encoder, stored):
             forwards.positions.weight[:n] = encoder.positions.weight[:n].flip(0)
             torch.testing.assert_close(forwards(stored.batch([(user, start, stop)]))[0][0], alone)
         prefix = encoder(stored.batch([(7, 0, 5)]))[0][0, -1]
-        assert not torch.allclose(prefix, encoder(batch)[0][0, 4], atol=1e-3), "a prefix is not yet at its end"
+        assert not torch.allclose(prefix, encoder(batch)[0][0, 4], atol=1e-3), (
+            "a prefix is not yet at its end"
+        )
 
 
 def test_a_field_of_weight_0_is_read_but_its_loss_is_not_computed(make_encoder, stored, monkeypatch):

@@ -60,11 +60,9 @@ def test_the_map_tells_titles_apart():
 @pytest.mark.parametrize("attend", ["text", "answer"])
 def test_shut_it_changes_nothing_and_open_it_does(make_user_llm, stored, lm, attend):
     with_it, without = (make_user_llm(lm=lm, attend=attend, catalogue=c) for c in (CATALOGUE, None))
-    for (name, weight), other in zip(
-        without.named_parameters(), (dict(with_it.named_parameters())[n] for n, _ in without.named_parameters()),
-        strict=True,
-    ):  # fmt: skip
-        other.data.copy_(weight.data)
+    same = dict(with_it.named_parameters())
+    for name, weight in without.named_parameters():
+        same[name].data.copy_(weight.data)
     with_it.attachment.after.gate.data.zero_()
     batch, answers = stored.batch([(7, 0, 6), (5, 0, 2)]), torch.tensor([3, 9])
 

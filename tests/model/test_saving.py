@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 
 import pytest
 import torch

@@ -113,6 +113,7 @@ class AutoregressiveEncoder(UserEncoder):
             config.gbce_calibration,
             getattr(torch, config.loss_precision),
         )
+        self.needs_frequencies = self.item_loss.by_popularity
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -132,11 +133,6 @@ class AutoregressiveEncoder(UserEncoder):
         )  # post: the last block's
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
-
-    @property
-    def needs_frequencies(self) -> bool:
-        """Whether ``use_frequencies`` has to be called before training."""
-        return self.item_loss.by_popularity
 
     def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
         """How often each value of a field occurs among the training targets: by field, [size], by vocabulary id."""

@@ -30,8 +30,8 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``prefix`` stands before the prompt; ``catalogue`` [B, J, D] is what ``CatalogueBlock`` says. ``recorded`` collects attention weights per layer where
-    a list is given.
+    when the context goes. ``prefix`` stands before the prompt; ``catalogue`` [B, J, D] is what ``CatalogueBlock`` says.
+    ``recorded`` collects attention weights per layer where a list is given.
     """
 
     tokens: Tensor

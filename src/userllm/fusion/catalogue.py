@@ -9,7 +9,8 @@ likely to see next. So the user attends to the catalogue,
     values  the language model's embeddings of a title's first tokens   result   one vector per token position, [J, D]
 
 and the result is added, gated, to what the last layer puts out. Which of the J vectors a text position takes up is for
-its own hidden state to say: at the first token of an answer the first, later the others, and none where the question is another.
+its own hidden state to say: at the first token of an answer the first, later the others, and none where the question is
+another.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class CatalogueConfig:
     tokens: int = 3
     """J, leading tokens of a title that have a vector of their own."""
     start: float = 0.1
-    """The gate at the start. At 0 the LM starts as itself, as with cross-attention, but this block then learns late: what
-    it says helps only once the LM's own preference among titles has been overcome."""
+    """The gate at the start. At 0 the LM starts as itself, as with cross-attention, but this block then learns late:
+    what it says helps only once the LM's own preference among titles has been overcome."""
 
 
 class CatalogueBlock(nn.Module):
@@ -55,7 +56,9 @@ class CatalogueBlock(nn.Module):
         self.centres = nn.Parameter(torch.stack([centre for _, centre in found]))
         self.choose = nn.Linear(table.shape[1], positions)
         nn.init.zeros_(self.choose.weight)
-        nn.init.constant_(self.choose.bias, -2.0)  # later tokens' vectors are noise at an answer's first token
+        nn.init.constant_(
+            self.choose.bias, -2.0
+        )  # later tokens' vectors are noise at an answer's first token
         with torch.no_grad():
             self.choose.bias[0] = 2.0
         self.norm = nn.LayerNorm(table.shape[1])
@@ -69,14 +72,10 @@ class CatalogueBlock(nn.Module):
         best, items = log_p.topk(min(self.config.items, log_p.shape[1]), dim=1)
         weights = torch.relu(best + self.threshold) * known[:, None]
         told = []
-        for tokens, centre, to_text in zip(
-            self.title_tokens.unbind(1), self.centres, self.maps, strict=True
-        ):
+        for tokens, centre, to_text in zip(self.title_tokens.unbind(1), self.centres, self.maps, strict=True):
             picked = tokens[items]
             mine = weights * (picked >= 0)
-            total = F.embedding_bag(
-                picked.clamp_min(0), table.float(), per_sample_weights=mine, mode="sum"
-            )
+            total = F.embedding_bag(picked.clamp_min(0), table.float(), per_sample_weights=mine, mode="sum")
             told.append((total / self.size - mine.sum(1, keepdim=True) * centre) @ to_text)
         return torch.stack(told, dim=1)
 

@@ -112,7 +112,7 @@ def pretrain(
     judged by the log-likelihood of what it predicts.
     """
     if encoder.needs_frequencies:
-            encoder.use_frequencies(training_counts(stored, split))
+        encoder.use_frequencies(training_counts(stored, split))
     batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
     rows = split.examples("validation", max_length=encoder.max_length)
     if config.validation_users is not None and config.validation_users < len(rows):

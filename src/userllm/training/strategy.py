@@ -54,7 +54,10 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
 
 
 def trainable_parameters(model: UserLLM) -> dict[str, int]:
-    """Trainable weights per group: lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention (with the catalogue's)."""
+    """Trainable weights per group.
+
+    lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention (with the catalogue's block).
+    """
     counts = {"lm": 0, "lora": 0, "encoder": 0, "projection": 0, "cross_attention": 0}
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
