@@ -20,6 +20,7 @@ SYSTEMS = {
     "no_user": "the same LM, no user",
     "encoder": "the encoder's own ranking",
     "popularity": "popularity",
+    "own_most_frequent": "the user's own most frequent",
     "majority": "majority genre",
     "exact": "counting (upper bound)",
 }

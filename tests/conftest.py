@@ -20,7 +20,7 @@ from userllm.data.sources.movielens import FIELDS
 from userllm.data.splits import Split, SplitConfig
 from userllm.data.store import Dataset, Source, write_dataset
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder
+from userllm.encoders import UserEncoder, encoder_config_class
 from userllm.events import HistoryBatch
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
@@ -129,16 +129,16 @@ def tiny_lm() -> Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @pytest.fixture(scope="session")
-def make_encoder(vocabulary: Vocabulary) -> Callable[..., AutoregressiveEncoder]:
-    """A small encoder over the small dataset's fields, in evaluation mode."""
+def make_encoder(vocabulary: Vocabulary) -> Callable[..., UserEncoder]:
+    """A small encoder of any kind over the small dataset's fields, in evaluation mode."""
 
-    def make(**settings: object) -> AutoregressiveEncoder:
+    def make(kind: str = "autoregressive", **settings: object) -> UserEncoder:
         sizes: dict[str, object] = {
             "layers": 2, "width": 16, "heads": 2, "feed_forward": 32, "item_width": 16, "field_width": 4,
             "max_length": 12, "dropout": 0.0,
         }  # fmt: skip
         torch.manual_seed(1)
-        return encoder_for(vocabulary, AutoregressiveConfig(**(sizes | settings))).eval()  # type: ignore[arg-type]
+        return encoder_for(vocabulary, encoder_config_class(kind)(**(sizes | settings))).eval()  # type: ignore[arg-type]
 
     return make
 
@@ -146,7 +146,7 @@ def make_encoder(vocabulary: Vocabulary) -> Callable[..., AutoregressiveEncoder]
 @pytest.fixture(scope="session")
 def make_model(
     dataset: Dataset,
-    make_encoder: Callable[..., AutoregressiveEncoder],
+    make_encoder: Callable[..., UserEncoder],
     tiny_lm: Callable[[str], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
 ) -> Callable[..., ContextualLM]:
     """A contextualised tiny LM with both tasks. ``stir`` opens the gates, so that the user makes a difference."""
@@ -161,6 +161,7 @@ def make_model(
         scale: str = "residual",
         stir: bool = True,
         max_length: int = 12,
+        encoder: str = "autoregressive",
         attend: str = "text",
         other_config: tuple[str, dict[str, int]] | None = None,
         prompt: str = "What will the user watch next? A movie that they have not seen before, surely; namely",
@@ -185,7 +186,7 @@ def make_model(
         model = ContextualLM(
             lm,
             tokenizer,
-            make_encoder(max_length=max_length),
+            make_encoder(encoder, max_length=max_length),
             FusionConfig(
                 layers=layers,
                 attend=attend,  # type: ignore[arg-type]
@@ -233,8 +234,9 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
     """A model as if trained with a strategy: every weight it trains is moved a little, and gates are open."""
 
     def make(
-        strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True, **fusion
-    ) -> UserLLM:
+        strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True,
+        encoder=None, **fusion
+    ) -> UserLLM:  # fmt: skip
         base, tokenizer, reference = _loaded(lm, dtype)
         base = copy.deepcopy(base)
         torch.manual_seed(seed)
@@ -247,7 +249,7 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
         model = UserLLM(
             base,
             tokenizer,
-            make_encoder(max_length=max_length),
+            encoder or make_encoder(max_length=max_length),
             FusionConfig(**(settings | fusion)),
             {name: build_task(name, replace(task), dataset.items) for name, task in TASKS.items()},
             stored.collator,

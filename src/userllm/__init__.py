@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from userllm.data.history_file import read_history
     from userllm.data.sources.movielens import prepare_movielens
     from userllm.data.store import Dataset
+    from userllm.encoders import UserEncoder
     from userllm.errors import UserError
     from userllm.events import Event, HistoryBatch, UserHistory
     from userllm.model import Attended, Recommendation, UserLLM
@@ -32,6 +33,7 @@ __all__ = [
     "Recommendation",
     "Run",
     "RunConfig",
+    "UserEncoder",
     "UserError",
     "UserHistory",
     "UserLLM",
@@ -50,6 +52,7 @@ _HOMES = {
     "Recommendation": "userllm.model",
     "Run": "userllm.pipeline",
     "RunConfig": "userllm.config",
+    "UserEncoder": "userllm.encoders",
     "UserError": "userllm.errors",
     "UserHistory": "userllm.events",
     "UserLLM": "userllm.model",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from userllm.data.splits import SplitConfig
-from userllm.encoders import AutoregressiveConfig
+from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
 from userllm.evaluation.closed import EvaluationConfig
 from userllm.fusion.config import FusionConfig
@@ -27,7 +27,8 @@ class DataConfig:
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
-    """Fields the encoder reads and predicts, the item first (paper: name, rating, genre)."""
+    """Fields the encoder reads and predicts, the item first (paper: name, rating, genre). Any declared field, and
+    ``time_gap``: how long before an event the user's previous one was (ours)."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class RunConfig:
     """CPU threads; torch's choice if null."""
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    encoder: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
+    encoder: EncoderConfig = field(default_factory=AutoregressiveConfig)
     pretrain: PretrainConfig | None = field(default_factory=PretrainConfig)
     """Stage 1; null leaves the encoder random (the papers' "RD")."""
     lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
@@ -69,6 +70,13 @@ class RunConfig:
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
+        if encoder.kind == "dual":
+            if encoder.label not in self.data.fields:
+                raise UserError(f"encoder.label {encoder.label} is not one of data.fields")
+            if encoder.label != "item" and any(task.teacher > 0 for task in self.tasks.values()):
+                raise UserError(
+                    f"encoder.label {encoder.label}: cannot rank items for a teacher; set tasks.*.teacher to 0"
+                )
         if self.pretrain is not None:
             if self.pretrain.recent is not None and self.pretrain.recent < 1:
                 raise UserError(

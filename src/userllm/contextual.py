@@ -22,11 +22,13 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
+from userllm.decoding.exact import score_answers
 from userllm.decoding.prefix_tree import PrefixTree
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
+from userllm.fusion.catalogue import CatalogueBlock
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.history_text import HistoryText
@@ -58,7 +60,7 @@ class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: events -> [B, S, U]. tasks: closed tasks by name.
+    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     """
 
@@ -66,7 +68,7 @@ class ContextualLM(nn.Module):
         self,
         lm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         event_texts: Mapping[str, Sequence[str]] | None = None,
@@ -98,7 +100,6 @@ class ContextualLM(nn.Module):
             index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
-        self.attachment = Attachment(lm, blocks)
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # type: ignore[index]
         self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
         self.soft_prompt = None
@@ -117,6 +118,7 @@ class ContextualLM(nn.Module):
             getattr(text_config, "logit_scale", None) or 1.0,
         )
         self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
+        self.attachment = Attachment(lm, blocks, self._catalogue_block())
         self._lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
@@ -148,12 +150,43 @@ class ContextualLM(nn.Module):
             rows = torch.arange(len(histories), device=histories.mask.device)
         if ends is None:
             ends = histories.lengths[rows]
+        causal = self.encoder.causal
         if self.config.kind == "none":
-            tokens = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
-            mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+            embeddings = torch.zeros(len(rows), 0, self.encoder.width, device=rows.device)
+            tokens, mask = embeddings, torch.zeros(len(rows), 0, dtype=torch.bool, device=rows.device)
+        elif causal:  # one pass over a history knows what each of its prefixes would give
+            embeddings, _ = self.encoder(histories)
+            tokens, mask = self.user_tokens(embeddings, rows, ends)
         else:
-            tokens, mask = self.user_tokens(self.encoder(histories), rows, ends)
-        return UserContext(tokens, mask, prefix=self._prefix(tokens, mask, histories, rows, ends))
+            embeddings, seen = self.encoder(histories.select(rows).prefixes(ends))
+            everyone = torch.arange(len(rows), device=rows.device)
+            tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
+        users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
+        if (block := self.attachment.after) is not None:
+            at_least_one = ends.clamp_min(1)
+            scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
+            if scores is None:
+                scores = self.encoder.next_item_scores(histories, rows, at_least_one)
+            users.catalogue = block.vectors(
+                torch.log_softmax(scores.float(), -1), ends > 0, self._output_table
+            )
+        return users
+
+    def _catalogue_block(self) -> CatalogueBlock | None:
+        if self.config.catalogue is None:
+            return None
+        trees = [self.answers[n].tree for n, task in self.tasks.items() if task.config.kind == "next_item"]
+        if not trees:
+            raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
+        if not self.encoder.ranks_items:
+            raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
+        nodes = trees[0].paths[:, 1 : self.config.catalogue.tokens + 1]
+        tokens = torch.where(nodes >= 0, trees[0].token[nodes.clamp_min(0)], -1)
+        return CatalogueBlock(self.config.catalogue, tokens, self._output_table)
+
+    @property
+    def _output_table(self) -> Tensor:
+        return self.lm.get_output_embeddings().weight  # type: ignore[union-attr, return-value]
 
     def _prefix(
         self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor
@@ -255,6 +288,27 @@ class ContextualLM(nn.Module):
         with torch.no_grad(), self.conditioned(users):
             state = TextInLM(self, len(users), task, context=users)
             return search_answers(state, self.answers[task], self.head, len(users), k, beams, excluded)
+
+    def score_answers(
+        self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
+    ) -> Tensor:
+        """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1.
+
+        Every node of the answers' prefix tree is read once per user, ``block`` texts at a time; see ``decoding.exact``.
+        """
+        closed = self.answers[task]
+        asked = torch.arange(len(closed), device=closed.prompt_ids.device) if answers is None else answers
+        parts: list[UserContext | None] = [None]
+        if users is not None:
+            everyone = torch.arange(len(users), device=users.tokens.device)
+            parts = [users.select(some) for some in everyone.split(block)]
+        scores = []
+        for some in parts:
+            count = 1 if some is None else len(some)
+            with torch.no_grad(), self._conditioned_or_not(some):
+                state = TextInLM(self, count, task, context=some)
+                scores.append(score_answers(state, closed, self.head, count, asked, block))
+        return torch.cat(scores)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""

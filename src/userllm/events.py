@@ -11,12 +11,16 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+UNKNOWN_TIME = -(2**63)
+"""Stands in ``HistoryBatch.times`` for a time that is not known."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ class HistoryBatch:
 
     fields: by field name, [B, S] for single-valued and [B, S, K] for multi-valued fields, int64.
     mask:   [B, S] bool, True where there is an event.
+    times:  [B, S] int64, seconds since 1970, ``UNKNOWN_TIME`` where that is not known and at padding; None only in
+            batches made by hand, for an encoder that does not look at times.
     """
 
     fields: dict[str, Tensor]
     mask: Tensor
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -64,8 +71,23 @@ class HistoryBatch:
 
     def to(self, device) -> HistoryBatch:
         """The same batch on another device."""
-        return HistoryBatch({k: v.to(device) for k, v in self.fields.items()}, self.mask.to(device))
+        return self._each(lambda tensor: tensor.to(device))
 
     def select(self, rows: Tensor) -> HistoryBatch:
         """The histories at ``rows`` [R], repeated where a row is named twice."""
-        return HistoryBatch({k: v[rows] for k, v in self.fields.items()}, self.mask[rows])
+        return self._each(lambda tensor: tensor[rows])
+
+    def prefixes(self, ends: Tensor) -> HistoryBatch:
+        """Each history's first ``ends`` [B] events; what came after is padding, as if it had never been."""
+        length = max(1, int(ends.max())) if len(ends) else 1
+        mask = (self.mask & (self.mask.cumsum(1) <= ends[:, None]))[:, :length]
+        fields = {
+            name: ids[:, :length].masked_fill(~mask if ids.ndim == 2 else ~mask[..., None], 0)
+            for name, ids in self.fields.items()
+        }
+        times = None if self.times is None else self.times[:, :length].masked_fill(~mask, UNKNOWN_TIME)
+        return HistoryBatch(fields, mask, times)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
+        times = None if self.times is None else change(self.times)
+        return HistoryBatch({k: change(v) for k, v in self.fields.items()}, change(self.mask), times)

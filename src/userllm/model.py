@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,16 +23,26 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, FieldShape
+from userllm.encoders import (
+    AutoregressiveConfig,
+    EncoderConfig,
+    FieldShape,
+    UserEncoder,
+    config_of,
+    encoder_config_class,
+)
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
+from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
+from userllm.model_card import write_description
 from userllm.tasks import ClosedTask, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
@@ -68,7 +80,7 @@ class UserLLM(ContextualLM):
         self,
         lm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         collator: HistoryCollator,
@@ -81,14 +93,16 @@ class UserLLM(ContextualLM):
         self.reference = reference
         self.strategy: Strategy = strategy
         self.adapter = adapter
+        self.run: dict[str, Any] = {}
+        """What is known of the run that made this model: dataset, split, results. For its card; see ``model_card``."""
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, history: UserHistory) -> Tensor:
-        """User embeddings [events seen, U] of one history, the latest event last."""
-        batch = self._batch([history])
-        return self.encoder.eval()(batch)[0, : int(batch.lengths[0])]
+        """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen."""
+        embeddings, mask = self.encoder.eval()(self._batch([history]))
+        return embeddings[0][mask[0]]
 
     @overload
     def recommend(
@@ -148,6 +162,29 @@ class UserLLM(ContextualLM):
         return [
             self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)
         ]
+
+    @torch.no_grad()
+    def score(
+        self,
+        history: UserHistory | Sequence[UserHistory],
+        items: Sequence[str] | None = None,
+        *,
+        task: str = "next_item",
+        block: int = 256,
+    ) -> Tensor:
+        """Exact log-likelihoods, in nats, of given answers: [A] for one user, [B, A] for a list of users.
+
+        items: raw ids or unique titles of the catalogue in any order (of another task than next item: its answers);
+        the whole catalogue, in its order, by default. What the user has had already is scored like the rest. block:
+        texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
+        """
+        asked = self._answers_of(self._task(task), items)
+        histories = [history] if isinstance(history, UserHistory) else list(history)
+        self.eval()
+        scores = torch.empty(0, len(asked))
+        if histories:
+            scores = self.score_answers(task, self.context(self._batch(histories)), asked, block).cpu()
+        return scores[0] if isinstance(history, UserHistory) else scores
 
     @torch.no_grad()
     def generate(
@@ -223,6 +260,10 @@ class UserLLM(ContextualLM):
             )
         if self.config.kind != "cross_attention":
             raise UserError(f"explain: fusion.kind {self.config.kind} has no cross-attention to look at")
+        if not self.encoder.per_event:
+            raise UserError(
+                "explain: this encoder's embeddings stand for no single event; an autoregressive one's do"
+            )
         self._task(task)
         self.eval()
         users = self.context(self._batch([history]))
@@ -246,8 +287,9 @@ class UserLLM(ContextualLM):
     def _batch(self, histories: Sequence[UserHistory]):
         batch, unknown = self.collator.from_histories(histories, max_length=self.encoder.max_length)
         if unknown:
-            named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-            warnings.warn(f"items that the model has never seen are read as unknown: {named}", stacklevel=3)
+            warnings.warn(
+                f"items that the model has never seen are read as unknown: {_named(unknown)}", stacklevel=3
+            )
         return batch.to(self.lm.device)
 
     def _task(self, name: str) -> ClosedTask:
@@ -257,6 +299,23 @@ class UserLLM(ContextualLM):
             )
         return self.tasks[name]
 
+    def _answers_of(self, task: ClosedTask, items: Sequence[str] | None) -> Tensor:
+        """Numbers [A] of the answers that go by these names."""
+        if items is None:
+            return torch.arange(len(task.answers), device=self.lm.device)
+        if isinstance(items, str):
+            raise UserError(f"items is the text {items!r}; give a list of ids or titles")
+        if task.config.kind == "next_item":
+            rows, known = [self.collator.row_of(item) for item in items], self.collator.num_items
+            give = "give ids of the catalogue, or titles that only one item has"
+        else:
+            number = {answer: n for n, answer in enumerate(task.answers)}
+            rows, known = [number.get(item, len(number)) for item in items], len(number)
+            give = f"its answers are {_named(task.answers)}"
+        if unknown := list(dict.fromkeys(str(i) for i, row in zip(items, rows, strict=True) if row == known)):
+            raise UserError(f"unknown to task {task.name}: {_named(unknown)}; {give}")
+        return torch.tensor(rows, dtype=torch.long, device=self.lm.device)
+
     def _recommendation(self, task: ClosedTask, answer: int, score: float) -> Recommendation:
         text = task.answers[answer]
         item = str(self.collator.items["id"][answer]) if task.config.kind == "next_item" else text
@@ -264,11 +323,12 @@ class UserLLM(ContextualLM):
 
     # ---- saving and loading ---------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, name: str | None = None) -> None:
         """Write one folder that ``from_pretrained`` reads: weights as safetensors, the rest as JSON and Parquet.
 
         A frozen LM is stored as a reference with its hash, a LoRA adapter as a plain peft folder, a fully trained LM
-        as a Hugging Face folder. The folder appears whole or not at all; an earlier model in it is replaced.
+        as a Hugging Face folder. A README.md says what it is, under ``name`` (by default the folder's). The folder
+        appears whole or not at all; an earlier model in it is replaced.
         """
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()) and not (folder / "fusion.safetensors").is_file():
@@ -295,25 +355,66 @@ class UserLLM(ContextualLM):
                     "name": _where(self.reference),
                     "source": self.reference.source,
                     "sha256": self.reference.sha256,
+                    "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
                 },
-                "encoder": asdict(self.encoder.config),
-                "fields": [asdict(field) for field in self.encoder.features.fields],
+                "encoder": _described(self.encoder),
+                "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],
+                "vocabulary": _sha256(partial / "vocabulary.json"),
                 "fusion": asdict(self.config),
                 "tasks": {name: asdict(task.config) for name, task in self.tasks.items()},
+                "run": self.run,
             }
-            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            write_description(partial, description, name or folder.name)
             if folder.exists():
                 folder.rename(Path(scratch) / "replaced")
             partial.rename(folder)
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str, lm: str | None = None) -> UserLLM:
-        """Load what ``save_pretrained`` wrote.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload a userllm model",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to a model repository of the Hugging Face hub; returns its address.
 
-        lm: where the language model is, if not where it was. Raises UserError where the folder is no model, or the
-        language model's weights are not the ones the model was trained with.
+        The repository is made where there is none, as ``private`` says (None: as the hub does by default, which may
+        be public). The catalogue goes along: look at your dataset's terms first. Raises UserError within seconds
+        where the hub cannot be reached or refuses.
         """
+        return upload(
+            lambda folder: self.save_pretrained(folder, name=repo_id),
+            repo_id,
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        lm: str | None = None,
+        encoder: UserEncoder | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> UserLLM:
+        """Load what ``save_pretrained`` wrote: a folder, or a model on the Hugging Face hub by its id, OWNER/NAME.
+
+        lm: where the language model is, if not where it was. encoder: an encoder of your own, which userllm cannot
+        build; it gets the saved weights. revision, token: of a model on the hub (a folder of that name comes first).
+        Raises UserError where the folder is no model, the hub cannot be reached or refuses, the language model's
+        weights are not the ones the model was trained with, or encoder or vocabulary does not fit.
+        """
+        if not Path(folder).exists() and is_repo_id(str(folder)):
+            folder = download(str(folder), revision, token)
         folder = Path(folder)
         file = folder / "config.json"
         if not file.is_file():
@@ -329,7 +430,15 @@ class UserLLM(ContextualLM):
             raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
         strategy: Strategy = saved["strategy"]
         where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
-        base, tokenizer, reference = load(LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"]))
+        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"])
+        if where == saved["lm"]["name"]:
+            asked.revision = saved["lm"].get("revision")  # folders written by userllm 0.1.0 do not say
+        base, tokenizer, reference = load(asked)
+        if strategy == "full" and lm is None:  # where the LM came from, not where it was put
+            origin = saved["lm"]
+            reference = replace(
+                reference, name=origin["name"], sha256=origin["sha256"], revision=origin.get("revision")
+            )
         if strategy != "full" and reference.sha256 != saved["lm"]["sha256"]:
             raise UserError(
                 f"{file}: trained with {saved['lm']['name']} (sha256 {saved['lm']['sha256'][:12]}...), but {where} has "
@@ -342,14 +451,15 @@ class UserLLM(ContextualLM):
             raise UserError(
                 f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
             ) from error
-        collator = HistoryCollator(items, Vocabulary.load(folder / "vocabulary.json"))
-        encoder = AutoregressiveConfig(**saved["encoder"]).build([FieldShape(**f) for f in saved["fields"]])
+        collator = HistoryCollator(items, _vocabulary(folder, saved))
+        encoder = _encoder(file, saved, encoder)
         _fill(encoder.state_dict(), folder / "encoder.safetensors")
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(
             base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter
         )
         _fill(model._fusion_weights(), folder / "fusion.safetensors")
+        model.run = saved.get("run", {})  # folders written by userllm 0.1.0 have none
         model.requires_grad_(False)
         return model.eval()
 
@@ -357,14 +467,70 @@ class UserLLM(ContextualLM):
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
+        if self.attachment.after is not None:
+            weights |= {f"after.{name}": value for name, value in self.attachment.after.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights
 
 
-def encoder_for(vocabulary: Vocabulary, config: AutoregressiveConfig) -> AutoregressiveEncoder:
+def field_shapes(vocabulary: Vocabulary) -> list[FieldShape]:
+    """What an encoder must know of a vocabulary's fields."""
+    return [FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary]
+
+
+def encoder_for(vocabulary: Vocabulary, config: EncoderConfig) -> UserEncoder:
     """An encoder with random weights for a vocabulary's fields."""
-    return config.build([FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary])
+    return config.build(field_shapes(vocabulary))
+
+
+def _described(encoder: UserEncoder) -> dict[str, Any]:
+    """What config.json says of an encoder: its configuration, or that it is somebody's own."""
+    config = config_of(encoder)
+    own = {"kind": "own", "class": type(encoder).__name__, "width": encoder.width}
+    return own if config is None else asdict(config)
+
+
+def _encoder(file: Path, saved: dict[str, Any], given: UserEncoder | None) -> UserEncoder:
+    """The encoder that config.json (``file``) speaks of; ``given`` if somebody brings it."""
+    described = {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
+    if given is not None:
+        if given.width != described["width"]:
+            raise UserError(
+                f"{file}: the fusion was trained with user embeddings of width {described['width']}, those of the "
+                f"{type(given).__name__} given are {given.width} wide; give the encoder it was trained with"
+            )
+        return given
+    if described["kind"] == "own":
+        raise UserError(
+            f"{file}: trained with an encoder of somebody's own, {described['class']}; build it as it was built then "
+            "and load with UserLLM.from_pretrained(folder, encoder=...)"
+        )
+    return encoder_config_class(described["kind"])(**described).build(
+        [FieldShape(**f) for f in saved["fields"]]
+    )
+
+
+def _vocabulary(folder: Path, saved: dict[str, Any]) -> Vocabulary:
+    """vocabulary.json, if it is the one the encoder was trained with."""
+    file = folder / "vocabulary.json"
+    vocabulary = Vocabulary.load(file)
+    for have, need in zip_longest(field_shapes(vocabulary), [FieldShape(**f) for f in saved["fields"]]):
+        if have != need:
+            raise UserError(f"{file}: has {_spelt(have)}, the encoder was trained with {_spelt(need)}")
+    if "vocabulary" in saved and _sha256(file) != saved["vocabulary"]:
+        raise UserError(
+            f"{file}: not the vocabulary the encoder was trained with: its ids stand for other values"
+        )
+    return vocabulary
+
+
+def _spelt(field: FieldShape | None) -> str:
+    return "no further field" if field is None else f"{field.size} ids of field {field.name!r}"
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
@@ -373,6 +539,10 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
     titles = dict(zip(collator.items["id"].to_list(), collator.items["title"].to_list(), strict=True))
     items = collator.vocabulary["item"].values
     return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
+
+
+def _named(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def _save(weights: Mapping[str, Tensor], file: Path) -> None:
@@ -405,6 +575,7 @@ def _fusion(raw: dict[str, Any]) -> FusionConfig:
         "cross_attention": CrossAttentionConfig(**raw["cross_attention"]),
         "soft_prompt": SoftPromptConfig(**raw["soft_prompt"]),
         "perceiver": None if perceiver is None else PerceiverConfig(**perceiver),
+        "catalogue": None if raw["catalogue"] is None else CatalogueConfig(**raw["catalogue"]),
         "text": HistoryTextConfig(**raw["text"]),
     }
     return FusionConfig(**(raw | parts))

@@ -31,13 +31,17 @@ from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, UserEncoder
+from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
+from userllm.evaluation.knowledge import knowledge_kept
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
+from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import UserLLM, encoder_for
+from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import build_task
 from userllm.training.contextualize import contextualize
@@ -94,13 +98,19 @@ class Run:
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
-        keys = ["data", "split", "encoder", "pretrain", "seed"]
+        from_text = (
+            isinstance(self.config.encoder, AutoregressiveConfig) and self.config.encoder.item_start == "text"
+        )
+        keys = ["data", "split", "encoder", "pretrain", "seed", *(["lm"] if from_text else [])]
         file = self.folder / "pretrain" / "encoder" / "encoder.safetensors"
         with self._stage("pretrain", keys, file.exists) as todo:
             if todo:
                 self._need("dataset", "data")
                 set_seed(self.config.seed)
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if from_text:
+                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -109,7 +119,6 @@ class Run:
                         self.folder / "pretrain", self.config.seed,
                     )  # fmt: skip
                 _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
-                file.parent.mkdir(parents=True, exist_ok=True)
                 save_file(
                     {n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial")
                 )
@@ -132,7 +141,11 @@ class Run:
                 )  # fmt: skip
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
-                model.save_pretrained(done.parent)
+                model.run = self._data_facts()
+                del model.run["dataset"][
+                    "source"
+                ]  # a model may go elsewhere: where the files lay here stays here
+                model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:
         """Metrics of every task, and three users' answers."""
@@ -151,9 +164,11 @@ class Run:
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                _write(
-                    self.folder / "metrics.json", json.dumps(self._metrics(model, tasks, evaluator), indent=1)
-                )
+                metrics = self._metrics(model, tasks, evaluator)
+                metrics["knowledge"] = self._knowledge(model, evaluator)
+                _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+                results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
+                add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
         self._refresh_timings()
 
     def do_report(self) -> None:
@@ -163,13 +178,24 @@ class Run:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def load_encoder(self) -> AutoregressiveEncoder:
+    def load_encoder(self) -> UserEncoder:
         """The encoder of stage 1."""
         encoder = encoder_for(self.vocabulary, self.config.encoder)
         encoder.load_state_dict(
             load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain"))
         )
         return encoder
+
+    def _start_from_text(self, encoder: UserEncoder, file: Path) -> None:
+        """Item embeddings from the titles; what a new title's embedding needs is written to ``file``."""
+        config = self.config.encoder
+        assert isinstance(config, AutoregressiveConfig) and isinstance(encoder, AutoregressiveEncoder)
+        lm, tokenizer, _ = load(self.config.lm)
+        titles = self.dataset.items["title"].to_list()
+        vectors = text_embeddings(lm, tokenizer, titles, config.item_text)
+        start = TextStart.fit(vectors, config.item_width)
+        encoder.features.start("item", start.rows(vectors))
+        start.save(file)
 
     def build_model(self) -> UserLLM:
         config, items = self.config, self.dataset.items
@@ -227,13 +253,9 @@ class Run:
             "tasks": answers,
         }
 
-    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+    def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card
-        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
         return {
-            "commit": commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": hardware(),
             "dataset": {
                 "name": card.name,
                 "fingerprint": card.fingerprint,
@@ -248,6 +270,15 @@ class Run:
                 "tie_rule": card.tie_rule,
                 "part": self.config.evaluation.part,
             },
+        }
+
+    def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
+        frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        return {
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(),
+            **self._data_facts(),
             "lm": {
                 "name": model.reference.name,
                 "source": model.reference.source,
@@ -270,6 +301,15 @@ class Run:
                 "among equal scores the item that comes first in the catalogue wins",
             ],
         }
+
+    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
+        config = self.config.evaluation
+        say("knowledge: a general English text, before and after")
+        original = load(self.config.lm)[0].to(model.lm.device) if model.strategy == "full" else None  # type: ignore[arg-type]
+        with torch.no_grad():
+            rows = evaluator.rows[: config.knowledge_users]
+            users = model.context(self.stored.batch(rows).to(model.lm.device))
+        return knowledge_kept(model, users, original, config.knowledge_tokens)
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 

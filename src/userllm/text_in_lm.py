@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,13 @@ class TextInLM:
         self.mask = None if self.mask is None else self.mask[parents]
         states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
         return self._read(tokens[:, None], states)
+
+    def fork(self) -> TextInLM:
+        """The same texts once more, to be continued in another way."""
+        other = copy.copy(self)
+        other.cache = copy.copy(self.cache)
+        other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return other
 
     def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
         if self.mask is not None:

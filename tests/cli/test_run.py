@@ -2,8 +2,12 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 import userllm
+from userllm.encoders.text_start import TextStart
+from userllm.language_models.pretrained import LanguageModelConfig, load
+from userllm.language_models.text_embeddings import text_embeddings
 from userllm.pipeline import Run
 
 FILES = (
@@ -27,6 +31,9 @@ def test_a_run_leaves_everything(finished):
     assert metrics["dataset"]["users"] == 12
     assert metrics["dataset"]["items"] == 24
     assert set(metrics["timings_s"]) >= {"data", "pretrain", "contextualize", "evaluate"}
+    knowledge = metrics["knowledge"]
+    assert knowledge["without_user"] == knowledge["base"] != knowledge["with_users"]
+    assert (knowledge["tokens"], knowledge["users"]) == (511, 2)
     for task, baseline in (("next_item", "popularity"), ("favorite_genre", "majority")):
         entry = metrics["tasks"][task]
         assert entry["n"] == 12
@@ -34,6 +41,25 @@ def test_a_run_leaves_everything(finished):
         for system in ("user_llm", "user_llm_shuffled", "no_user", baseline):
             assert set(entry[system]["recall@10"]) == {"value", "low", "high"}
         assert set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}
+
+
+def test_the_model_has_a_card_with_the_runs_results(finished):
+    metrics = json.loads((finished / "runs/demo/metrics.json").read_text())
+    model = finished / "runs/demo/contextualize/model"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: userllm\n")
+    assert "# demo\n" in card
+    for told in (
+        metrics["dataset"]["fingerprint"],
+        metrics["split"]["fingerprint"],
+        "Next item, n = 12 of 12 users",
+    ):
+        assert told in card
+    best = metrics["tasks"]["next_item"]["user_llm"]["recall@10"]
+    assert f"{best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}]" in card
+    assert "exactly" not in card and "general English text" in card
+    saved = json.loads((model / "config.json").read_text())
+    assert saved["run"]["tasks"] == metrics["tasks"]
 
 
 def test_what_is_done_is_not_done_again(userllm, finished):
@@ -62,6 +88,28 @@ def test_one_stage_does_what_it_needs_and_no_more(userllm, tmp_path, finished):
     assert (tmp_path / "runs/demo/pretrain/encoder/encoder.safetensors").is_file()
     assert not (tmp_path / "runs/demo/contextualize").exists()
     assert "this run has no model yet" in userllm("recommend", "runs/demo", "--user", "1", cwd=tmp_path).error
+
+
+def test_item_embeddings_that_start_from_the_titles(userllm, tmp_path, finished):
+    """Without training the encoder holds its start; the language model is loaded for nothing else."""
+    tables = {}
+    for start in ("random", "text"):
+        settings = [
+            f"name={start}",
+            f"encoder.item_start={start}",
+            f"data.path={finished / 'raw'}",
+            "pretrain=null",
+        ]
+        said = userllm("pretrain", finished / "config.yaml", *settings, cwd=tmp_path)
+        assert said.code == 0
+        assert ("language model" in said.err) == (start == "text")
+        tables[start] = load_file(tmp_path / f"runs/{start}/pretrain/encoder/encoder.safetensors")
+    item = "features.tables.item.weight"
+    assert {n for n in tables["text"] if not tables["text"][n].equal(tables["random"][n])} == {item}
+    lm, tokenizer, _ = load(LanguageModelConfig(name="tiny-random-llama"))
+    projection = TextStart.load(tmp_path / "runs/text/pretrain/encoder/text_start.safetensors")
+    heat = projection.rows(text_embeddings(lm, tokenizer, ["Heat (1995)"]))[0]
+    assert heat.isclose(tables["text"][item][2:], atol=1e-5).all(1).any()
 
 
 @pytest.mark.parametrize("which", ["runs/demo", "config.yaml"])

@@ -31,9 +31,9 @@ def full(stored):
 def test_a_later_event_changes_no_earlier_output(make_encoder, full):
     encoder = make_encoder()
     with torch.no_grad():
-        before = encoder(full)
+        before = encoder(full)[0]
         for position in range(9):
-            after = encoder(changed(full, position))
+            after = encoder(changed(full, position))[0]
             assert torch.equal(after[:, :position], before[:, :position])
             assert (after[:, position:] != before[:, position:]).any(-1).all()
 
@@ -41,9 +41,9 @@ def test_a_later_event_changes_no_earlier_output(make_encoder, full):
 def test_one_pass_equals_prefix_by_prefix(make_encoder, full):
     encoder = make_encoder()
     with torch.no_grad():
-        whole = encoder(full)
+        whole = encoder(full)[0]
         for length in range(1, 10):
-            last = encoder(prefix(full, length))[:, -1]
+            last = encoder(prefix(full, length))[0][:, -1]
             torch.testing.assert_close(last, whole[:, length - 1], atol=1e-5, rtol=1e-5)
 
 
@@ -51,9 +51,10 @@ def test_padding_and_company_do_not_matter(make_encoder, stored):
     encoder = make_encoder()
     rows = [(7, 0, 9), (5, 0, 4), (3, 2, 3)]
     with torch.no_grad():
-        together = encoder(stored.batch([*rows, (6, 0, 11)]))
+        together, mask = encoder(stored.batch([*rows, (6, 0, 11)]))
+        assert mask.sum(1).tolist() == [9, 4, 1, 11]
         for row, (user, start, stop) in enumerate(rows):
-            alone = encoder(stored.batch([(user, start, stop)]))[0]
+            alone = encoder(stored.batch([(user, start, stop)]))[0][0]
             torch.testing.assert_close(together[row, : stop - start], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -62,7 +63,7 @@ def test_the_order_of_a_fields_values_does_not_matter_and_none_is_zero(make_enco
     ids = {name: v.clone() for name, v in full.fields.items()}
     ids["genres"] = ids["genres"].flip(-1)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(HistoryBatch(ids, full.mask)), encoder(full))
+        torch.testing.assert_close(encoder(HistoryBatch(ids, full.mask))[0], encoder(full)[0])
         embedded = encoder.features.tables["genres"](torch.tensor([3, 4])).mean(0)
         genres = torch.zeros(1, 1, 2, dtype=torch.long)
         base = {"item": torch.tensor([[2]]), "rating": torch.tensor([[2]])}
@@ -76,7 +77,7 @@ def test_the_loss_is_the_mean_over_fields_of_cross_entropy(make_encoder, stored)
     encoder = make_encoder()
     batch = stored.next_events([(7, 0, 9), (5, 0, 4), (10, 0, 2)])
     losses = encoder.next_event_losses(**batch)
-    hidden = encoder(batch["inputs"])
+    hidden = encoder(batch["inputs"])[0]
     sums, counts = {"item": 0.0, "rating": 0.0, "genres": 0.0}, dict.fromkeys(("item", "rating", "genres"), 0)
     for b, s in torch.nonzero(batch["targets"].mask).tolist():
         for name in sums:
@@ -128,9 +129,9 @@ def test_padding_embeds_to_nothing_even_after_training(make_encoder, stored):
 
 def test_item_scores_are_over_the_catalogue(make_encoder, full):
     encoder = make_encoder()
-    scores = encoder.item_scores(encoder(full)[:, -1])
+    scores = encoder.item_scores(encoder(full)[0][:, -1])
     assert scores.shape == (2, 20)
-    hidden = encoder.features.heads["item"](encoder(full)[1, -1])
+    hidden = encoder.features.heads["item"](encoder(full)[0][1, -1])
     torch.testing.assert_close(scores[1, 7], hidden @ encoder.features.tables["item"].weight[9])
 
 
@@ -155,6 +156,6 @@ def test_settings_that_cannot_be_are_named(make_encoder, full):
 def test_dropout_is_off_outside_training(make_encoder, full):
     encoder = make_encoder(dropout=0.5)
     with torch.no_grad():
-        assert torch.equal(encoder(full), encoder(full))
+        assert torch.equal(encoder(full)[0], encoder(full)[0])
         encoder.train()
-        assert not torch.equal(encoder(full), encoder(full))
+        assert not torch.equal(encoder(full)[0], encoder(full)[0])

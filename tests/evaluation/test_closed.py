@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from userllm.baselines.own_history import own_most_frequent
 from userllm.data.splits import SplitConfig
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator, EvaluationConfig, count_invalid
@@ -62,7 +63,11 @@ def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_se
         items = dataset.events["item"][dataset.offsets[user] :]
         target, seen = int(items[stop]), set(items[:stop].tolist()) if exclude_seen else ()
         with torch.no_grad():
-            own = first_stage.item_scores(first_stage(stored.batch(row[None]))[0, -1]).log_softmax(-1).numpy()
+            own = (
+                first_stage.item_scores(first_stage(stored.batch(row[None]))[0][0, -1])
+                .log_softmax(-1)
+                .numpy()
+            )
         systems = {
             "user_llm": with_history(row),
             "user_llm_shuffled": with_history(rows[judge.other[place]]),
@@ -74,6 +79,18 @@ def test_next_item(model, make_encoder, dataset, split, stored, part, exclude_se
             found = rank(scores, target, seen)
             ranks[name].append(found if found <= 7 else 0)
             logliks[name].append(scores[target])
+    if exclude_seen:  # nothing of one's own is left
+        assert {**entry["popularity"], "log_likelihood": 0} == {
+            **entry["own_most_frequent"],
+            "log_likelihood": 0,
+        }
+    else:
+        alone = own_most_frequent(dataset, rows, torch.from_numpy(popularity)).numpy()
+        found = [
+            rank(scores, dataset.events["item"][dataset.offsets[user] + stop])
+            for scores, (user, _, stop) in zip(alone, rows, strict=True)
+        ]
+        same(entry["own_most_frequent"], as_dicts([n if n <= 7 else 0 for n in found]))
     for name in ranks:
         same(entry[name], as_dicts(ranks[name]))
         assert entry[name]["log_likelihood"]["value"] == pytest.approx(np.mean(logliks[name]), abs=1e-4)

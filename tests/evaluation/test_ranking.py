@@ -61,7 +61,7 @@ def test_encoder_ranks_agree_with_scikit_learn(make_encoder, dataset, split, sto
     for user, start, stop in rows.tolist():
         history = stored.batch([(user, start, stop)])
         with torch.no_grad():
-            own = encoder.item_scores(encoder(history)[0, -1]).double().numpy()
+            own = encoder.item_scores(encoder(history)[0][0, -1]).double().numpy()
         items.append(int(dataset.events["item"][dataset.offsets[user] + stop]))
         expected = own[items[-1]] - np.log(np.exp(own).sum())
         assert log_likelihoods[len(items) - 1] == pytest.approx(expected, abs=1e-5)

@@ -18,7 +18,7 @@ from userllm.language_models.tiny import ARCHITECTURES, tiny_language_model
 def offline(monkeypatch, tmp_path):
     """An empty cache, and a hub that cannot be reached."""
     monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(pretrained, "_hub_problem", lambda: "the hub cannot be reached")
+    monkeypatch.setattr(pretrained, "hub_problem", lambda: "the hub cannot be reached")
     monkeypatch.setattr(pretrained, "_hub_snapshot", lambda hub_id, revision: None)
 
 
@@ -154,12 +154,12 @@ class TestReachingTheHub:
 
     def test_offline_by_choice(self, monkeypatch):
         monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", True)
-        assert pretrained._hub_problem() == "HF_HUB_OFFLINE is set"
+        assert pretrained.hub_problem() == "HF_HUB_OFFLINE is set"
 
     def test_a_refusing_host(self, monkeypatch):
         monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(pretrained.hub, "ENDPOINT", "http://127.0.0.1:9")
-        assert "cannot be reached" in pretrained._hub_problem()
+        assert "cannot be reached" in pretrained.hub_problem()
 
     def test_a_silent_host_costs_a_bounded_time(self, monkeypatch):
         monkeypatch.setattr(pretrained.hub, "HF_HUB_OFFLINE", False)
@@ -172,6 +172,6 @@ class TestReachingTheHub:
 
         monkeypatch.setattr(pretrained.urllib.request, "urlopen", slow_name_look_up)
         start = time.monotonic()
-        assert "did not answer within 0.2 s" in pretrained._hub_problem()
+        assert "did not answer within 0.2 s" in pretrained.hub_problem()
         assert time.monotonic() - start < 2
         released.set()

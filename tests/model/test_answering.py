@@ -54,6 +54,40 @@ def test_recommendations_are_the_catalogues_best_unseen(model, dataset):
     assert len(everything) == 20
 
 
+@pytest.mark.parametrize("attend", ["text", "answer"])
+def test_scores_are_those_of_each_item_alone(make_user_llm, dataset, attend):
+    model = make_user_llm(attend=attend)
+    histories = [dataset.history(7, 0, 9), UserHistory([]), dataset.history(5)]
+    for task in ("next_item", "favorite_genre"):
+        whole = model.score(histories, task=task)
+        for history, mine in zip(histories, whole, strict=True):
+            users = model.context(model.collator.from_histories([history], max_length=8)[0])
+            expected = model.all_log_likelihoods(task, users)
+            torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model.score(history, task=task, block=2), mine, atol=1e-4, rtol=1e-4)
+    items = ["Heat (1995)", "m0", "m3"]
+    some, genres = model.score(histories, items), model.score(histories, ["Drama"], task="favorite_genre")
+    torch.testing.assert_close(some, model.score(histories)[:, [3, 0, 3]], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(genres[:, 0], model.score(histories, task="favorite_genre")[:, 2])
+    assert model.score([], items).shape == (0, 3)
+    assert model.score(histories[0], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("items", "task", "message"),
+    [
+        (["m0", "m99", "Solaris"], "next_item", r"unknown to task next_item: m99, Solaris; give ids"),
+        (["The Mask (1994)"], "next_item", r"The Mask \(1994\); .* titles that only one item has"),
+        (["Drama", "Opera"], "favorite_genre", "Opera; its answers are Action, Comedy, Drama, Sci-Fi"),
+        ("m0", "next_item", "give a list"),
+        (["m0"], "mood", "not trained for a task 'mood'"),
+    ],
+)
+def test_items_that_cannot_be_scored(model, dataset, items, task, message):
+    with pytest.raises(UserError, match=message):
+        model.score(dataset.history(7), items, task=task)
+
+
 def test_nothing_is_left_for_who_has_seen_everything(model, dataset):
     history = UserHistory([Event(item) for item in dataset.items["id"]])
     assert model.recommend(history, 5) == []
@@ -105,7 +139,7 @@ def test_histories_of_any_length(model, dataset, length):
 def test_embeddings_are_the_encoders(model, dataset, stored):
     history = dataset.history(7, 0, 6)
     with torch.no_grad():
-        expected = model.encoder(stored.batch([(7, 0, 6)]))[0]
+        expected = model.encoder(stored.batch([(7, 0, 6)]))[0][0]
     torch.testing.assert_close(model.encode(history), expected)
 
 

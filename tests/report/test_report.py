@@ -16,7 +16,7 @@ from userllm.report.record import read_run
 from userllm.report.wording import duration, gain, interval, number, standing, summary
 
 SECTIONS = ["summary", "task-next_item", "task-favorite_genre", "users", "attention", "training", "gates"]
-SECTIONS += ["parameters", "timings", "run", "config"]
+SECTIONS += ["parameters", "knowledge", "timings", "run", "config"]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -149,6 +149,15 @@ def test_what_ran_is_named(page, metrics):
     assert "width: 128" in page.text["config"]
 
 
+def test_knowledge_kept_is_told(page, reported_run):
+    told = page.words("knowledge")
+    assert "BaseLM,beforestage221.44" in told.replace(" ", "")
+    assert "After stage 2, no user 21.44 exactly the same".replace(" ", "") in told.replace(" ", "")
+    assert "After stage 2, with a user 23.59 +10.00 %".replace(" ", "") in told.replace(" ", "")
+    assert "511 tokens of general English; with users: the mean over 2. Text sha256 77aa0c3a77aa." in told
+    assert "| After stage 2, no user | 21.44 | exactly the same |" in (reported_run / "report.md").read_text()
+
+
 def test_examples_show_both_answers_and_mark_the_true_one(page):
     told = page.words("users")
     for words in ("User 4169", "User 1088", "51 earlier events", "With this user", "Without the user"):
@@ -201,12 +210,21 @@ def test_optional_parts_are_left_out_with_a_line(synthetic_run):
 
     change(synthetic_run / "metrics.json", only_one_system)
     page = Page(write_report(synthetic_run).read_text(encoding="utf-8"))
-    for section in ("users", "attention", "training", "gates", "parameters", "timings", "config"):
+    for section in (
+        "users",
+        "attention",
+        "training",
+        "gates",
+        "parameters",
+        "knowledge",
+        "timings",
+        "config",
+    ):
         assert "left out" in page.text[section], section
     assert page.text["run"].count("not recorded") == 12
     assert len(page.images) == 3
     assert "can be neither supported nor refuted" in page.text["summary"]
-    assert (synthetic_run / "report.md").read_text(encoding="utf-8").count("left out") == 6
+    assert (synthetic_run / "report.md").read_text(encoding="utf-8").count("left out") == 7
 
 
 def test_unknown_systems_and_tasks_are_shown_under_their_own_names(synthetic_run):
@@ -295,6 +313,7 @@ BROKEN = {
     '{"tasks": {}}': r"tasks is empty",
     '{"tasks": {"a": {"b": {"mrr": {"value": 1, "low": 1}}}}}': r"tasks\.a\.b\.mrr: high is missing",
     '{"tasks": {"a": {"b": {"mrr": "0.3"}}}}': r"tasks\.a\.b\.mrr: expected a table, got str",
+    '{"tasks": {"a": {}}, "knowledge": {"base": {}}}': r"knowledge: without_user is missing",
     '{"tasks": {"a": {}}, "gates": [{"layer": 1}]}': r"gates\[0\]: value is missing",
 }
 

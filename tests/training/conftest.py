@@ -50,12 +50,12 @@ def optimization(**settings) -> OptimizationConfig:
 def run_pretrain(make_encoder, dataset, split, stored):
     """Pretrain a small encoder with dropout in a folder; returns it and the log history."""
 
-    def run(folder, seed=0, learning_rate=1e-2, **settings):
+    def run(folder, seed=0, learning_rate=1e-2, encoder=None, **settings):
         defaults: dict[str, Any] = {
             "epochs": 3, "batch": BatchConfig(events=40), "evaluate_every": 0.5, "patience": 99,
             "optimization": optimization(learning_rate=learning_rate),
         }  # fmt: skip
-        encoder = make_encoder(dropout=0.2)
+        encoder = make_encoder(**{"dropout": 0.2} | (encoder or {}))
         set_seed(seed)
         history = pretrain(
             encoder, dataset, split, stored, PretrainConfig(**(defaults | settings)), folder, seed

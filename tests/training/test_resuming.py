@@ -42,6 +42,26 @@ def test_pretraining(run_pretrain, interrupted, same_weights, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "encoder",
+    [
+        {"kind": "bert4rec"},
+        {"kind": "dual", "negatives": "mixed", "drawn_negatives": 5, "embeddings": 2},
+        {"kind": "dual", "label": "genres"},
+    ],
+    ids=["bert4rec", "dual", "dual of genres"],
+)
+def test_pretraining_of_other_encoders(run_pretrain, interrupted, same_weights, tmp_path, encoder):
+    whole, history = run_pretrain(tmp_path / "whole" / "pretrain", encoder=encoder)
+    metric = "eval_recall@10" if whole.ranks_items else "eval_log_likelihood"
+    assert sum(metric in entry for entry in history) > 2
+    with interrupted(step=8):
+        run_pretrain(tmp_path / "cut" / "pretrain", encoder=encoder)
+    resumed, second = run_pretrain(tmp_path / "cut" / "pretrain", encoder=encoder)
+    same_weights(resumed, whole)
+    assert without_times(second) == without_times(history)
+
+
+@pytest.mark.parametrize(
     ("strategy", "lm", "cuts"),
     [
         ("enc", "tiny-random-llama", [(4, True), (8, False)]),

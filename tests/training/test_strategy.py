@@ -120,7 +120,7 @@ def test_a_teacher_is_the_encoder_as_it_was(make_user_llm, dataset, split, store
     for place, row in enumerate(mine.tolist()):
         prefix = examples.histories.select(examples.rows[row : row + 1])
         with torch.no_grad():
-            own = model.encoder(prefix)[0, examples.ends[row] - 1]
+            own = model.encoder(prefix)[0][0, examples.ends[row] - 1]
         torch.testing.assert_close(expected[place], torch.softmax(model.encoder.item_scores(own), -1))
     with torch.no_grad():
         for weight in model.encoder.parameters():

@@ -11,7 +11,18 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from userllm.cli import contextualize, data, evaluate, generate, pretrain, recommend, report, run, settings
+from userllm.cli import (
+    contextualize,
+    data,
+    evaluate,
+    generate,
+    pretrain,
+    recommend,
+    report,
+    run,
+    score,
+    settings,
+)
 from userllm.errors import UserError
 
 DESCRIPTION = "Gives a language model a sense of who it is talking to: user embeddings, cross-attended."
@@ -50,7 +61,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, data, pretrain, contextualize, evaluate, report, recommend, generate, settings):
+    for command in (
+        run,
+        data,
+        pretrain,
+        contextualize,
+        evaluate,
+        report,
+        recommend,
+        score,
+        generate,
+        settings,
+    ):
         command.add_parser(commands)
     return parser
 

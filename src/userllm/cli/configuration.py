@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from userllm.config import RunConfig
+from userllm.encoders import AutoregressiveConfig, EncoderConfig, encoder_config_class
 from userllm.errors import UserError
 
 
@@ -25,10 +26,12 @@ def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple
     base = {} if file is None else _read(Path(file))
     for text in overrides:
         _override(base, text)
-    parser = ArgumentParser(exit_on_error=False, prog="config")
-    parser.add_class_arguments(RunConfig)
     where = file or "configuration"
-    _check_groups(base, RunConfig(), f"{where}: ")
+    default = RunConfig(encoder=_encoder_class(base, f"{where}: ")())
+    parser = ArgumentParser(exit_on_error=False, prog="config")
+    parser.add_class_arguments(RunConfig, skip={"encoder"})
+    parser.add_class_arguments(type(default.encoder), "encoder")
+    _check_groups(base, default, f"{where}: ")
     try:
         values = Namespace(parser.parse_object(base))
         built = parser.instantiate(values)
@@ -39,6 +42,25 @@ def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return config, _plain(config)
+
+
+def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:
+    """What the encoder's group is parsed by. Raises UserError for an unknown kind, or another kind's settings."""
+    given = base.get("encoder")
+    if not isinstance(given, dict):  # what is wrong with it is said where groups are looked at
+        return AutoregressiveConfig
+    try:
+        chosen = encoder_config_class(({"kind": AutoregressiveConfig.kind} | given)["kind"])
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    for name in given:
+        others = [kind for kind in get_args(EncoderConfig) if name in kind.__dataclass_fields__]
+        if others and chosen not in others:
+            kinds = " or ".join(one.kind for one in others)
+            raise UserError(
+                f"{where}encoder.{name} is a setting of encoder.kind={kinds}; this encoder is {chosen.kind}"
+            )
+    return chosen
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -97,7 +119,11 @@ def _check_groups(given: dict[str, Any], default: Any, where: str) -> None:
 
 
 def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(name, default, meaning) of every setting in a configuration (None: ``RunConfig()``); a group's default is ""."""
+    """(name, default, meaning) of every setting in a configuration (None: ``RunConfig()``); a group's default is "".
+
+    Where a group is of one of several kinds, the default kind's settings come first, then the others', whose names say
+    so: ``encoder.layers (kind: bert4rec)``.
+    """
     from docstring_parser import parse_from_object
 
     group = RunConfig() if group is None else group
@@ -115,3 +141,7 @@ def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str
             yield from describe_settings(inner(), f"{prefix}{name}.NAME.")  # type: ignore[operator]
         elif inner is not None:
             yield from describe_settings(default or inner(), f"{prefix}{name}.")  # type: ignore[operator]
+            for other in get_args(types[name]):
+                if is_dataclass(other) and not isinstance(default or inner(), other):  # type: ignore[operator]
+                    for setting, value, text in describe_settings(other(), f"{prefix}{name}."):  # type: ignore[operator]
+                        yield f"{setting} (kind: {other.kind})", value, text  # type: ignore[union-attr]

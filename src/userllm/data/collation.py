@@ -10,8 +10,9 @@ import polars as pl
 import torch
 
 from userllm.data.store import Dataset
+from userllm.data.time_gaps import time_gap_ids
 from userllm.data.vocabulary import PADDING, UNKNOWN, FieldVocabulary, Vocabulary
-from userllm.events import HistoryBatch, UserHistory
+from userllm.events import UNKNOWN_TIME, HistoryBatch, UserHistory
 
 Row = tuple[int, int, int]
 """(user, start, stop): the events ``start:stop`` of a user."""
@@ -30,6 +31,7 @@ class HistoryCollator:
         self.item_vocabulary_ids = np.append(vocabulary["item"].ids_of(items["id"].to_list()), UNKNOWN)
         self.item_fields = {f.name: self._item_table(f) for f in vocabulary if f.level == "item"}
         self.event_fields = [f for f in vocabulary if f.level == "event" and f.name != "item"]
+        self.time_fields = [f for f in vocabulary if f.level == "time"]
 
     def _item_table(self, field: FieldVocabulary) -> np.ndarray:
         """Ids by item row, [items + 1] or [items + 1, K]; the last row is an item that is not in the table."""
@@ -51,24 +53,26 @@ class HistoryCollator:
         return field.ids_of(distinct.tolist())[place].reshape(values.shape)
 
     def from_arrays(
-        self, item_rows: np.ndarray, event_ids: dict[str, np.ndarray], mask: np.ndarray
+        self, item_rows: np.ndarray, event_ids: dict[str, np.ndarray], times: np.ndarray, mask: np.ndarray
     ) -> HistoryBatch:
         """A batch from padded arrays.
 
         item_rows: [B, S] rows of the item table (``num_items`` where the item is not in it; any row where masked).
-        event_ids: by event-level field, [B, S] vocabulary ids. mask: [B, S], True where there is an event.
+        event_ids: by event-level field and time field, [B, S] vocabulary ids. times: [B, S], see ``HistoryBatch``; any
+        where masked. mask: [B, S], True where there is an event.
         """
         fields = {}
         for field in self.vocabulary:
             if field.name == "item":
                 ids = np.where(mask, self.item_vocabulary_ids[item_rows], PADDING)
-            elif field.level == "event":
+            elif field.level != "item":
                 ids = np.where(mask, event_ids[field.name], PADDING)
             else:
                 ids = self.item_fields[field.name][item_rows]
                 ids = np.where(mask if ids.ndim == 2 else mask[:, :, None], ids, PADDING)
             fields[field.name] = torch.from_numpy(ids)
-        return HistoryBatch(fields, torch.from_numpy(mask))
+        times = np.where(mask, times, UNKNOWN_TIME)
+        return HistoryBatch(fields, torch.from_numpy(mask), torch.from_numpy(times))
 
     def from_histories(
         self, histories: Sequence[UserHistory], max_length: int | None = None
@@ -77,7 +81,7 @@ class HistoryCollator:
 
         An event's item may be named by its raw id or by a title that only one item has. Unknown items keep their place
         with id 1 and no genres; so do fields that an event leaves out. Of each history the latest ``max_length`` events
-        are kept. A batch of empty histories has S = 1, all masked.
+        are kept; a time gap still knows of the event before them. A batch of empty histories has S = 1, all masked.
         """
         events = [
             list(history.events)[-max_length:] if max_length else list(history.events)
@@ -86,10 +90,22 @@ class HistoryCollator:
         shape = (len(events), max(1, max(map(len, events), default=0)))
         mask = np.zeros(shape, dtype=bool)
         item_rows = np.full(shape, self.num_items, dtype=np.int64)
-        event_ids = {f.name: np.full(shape, UNKNOWN, dtype=np.int64) for f in self.event_fields}
+        times = np.full(shape, UNKNOWN_TIME, dtype=np.int64)
+        event_ids = {
+            f.name: np.full(shape, UNKNOWN, dtype=np.int64) for f in [*self.event_fields, *self.time_fields]
+        }
         unknown: dict[str, None] = {}
         for b, row in enumerate(events):
             mask[b, : len(row)] = True
+            whole = np.array(
+                [UNKNOWN_TIME if event.time is None else event.time for event in histories[b].events],
+                dtype=np.int64,
+            )
+            kept = slice(len(whole) - len(row), None)
+            times[b, : len(row)] = whole[kept]
+            for field in self.time_fields:
+                gaps = time_gap_ids(field, whole, np.arange(len(whole)) == 0)
+                event_ids[field.name][b, : len(row)] = gaps[kept]
             for s, event in enumerate(row):
                 item_rows[b, s] = self.row_of(event.item)
                 if self.item_vocabulary_ids[item_rows[b, s]] == UNKNOWN:
@@ -97,7 +113,7 @@ class HistoryCollator:
                 for field in self.event_fields:
                     if field.name in event.fields:
                         event_ids[field.name][b, s] = field.id_of(event.fields[field.name])
-        return self.from_arrays(item_rows, event_ids, mask), list(unknown)
+        return self.from_arrays(item_rows, event_ids, times, mask), list(unknown)
 
     def row_of(self, item: str) -> int:
         """The item's row in the table, by raw id or unique title; ``num_items`` where there is none."""
@@ -118,16 +134,24 @@ class HistoryCollator:
 
 
 class StoredHistories:
-    """Batches of a prepared dataset's histories; event-level fields are encoded once, up front."""
+    """Batches of a prepared dataset's histories; event-level fields and time gaps are encoded once, up front.
+
+    The time gap of a history's first event is the one to the event before it in the dataset, inside the history or not.
+    """
 
     def __init__(self, dataset: Dataset, vocabulary: Vocabulary, collator: HistoryCollator | None = None):
         self.collator = collator or HistoryCollator(dataset.items, vocabulary)
         self.offsets = dataset.offsets
         self.items = dataset.events["item"]
+        self.times = dataset.events["time"]
         self.event_ids = {
             field.name: self.collator.encode_values(field, dataset.events[field.name])
             for field in self.collator.event_fields
         }
+        first = np.zeros(len(self.times), dtype=bool)
+        first[self.offsets[:-1]] = True
+        for field in self.collator.time_fields:
+            self.event_ids[field.name] = time_gap_ids(field, self.times, first)
 
     def batch(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
         """The histories ``(user, start, stop)``, padded to the longest (at least 1)."""
@@ -136,9 +160,8 @@ class StoredHistories:
         steps = np.arange(max(1, lengths.max(initial=0)))
         mask = steps < lengths[:, None]
         index = np.where(mask, (self.offsets[users] + starts)[:, None] + steps, 0)
-        return self.collator.from_arrays(
-            self.items[index], {name: ids[index] for name, ids in self.event_ids.items()}, mask
-        )
+        event_ids = {name: ids[index] for name, ids in self.event_ids.items()}
+        return self.collator.from_arrays(self.items[index], event_ids, self.times[index], mask)
 
     def targets(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
         """The event ``stop`` that follows each row, as a batch with S = 1."""

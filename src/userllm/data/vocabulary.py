@@ -19,6 +19,9 @@ PADDING = 0
 UNKNOWN = 1
 FIRST_VALUE = 2
 
+TIME_GAP = "time_gap"
+"""A field that every dataset has without declaring it: see ``time_gaps``."""
+
 
 def value_text(value: float | str | int) -> str:
     """How a value is spelt in a vocabulary: numbers without a trailing ".0" ("0.5", "4"), text as it is."""
@@ -29,13 +32,14 @@ def value_text(value: float | str | int) -> str:
 class FieldVocabulary:
     """The values of one field, in order: ``values[j]`` has id j + 2.
 
-    level: "event" where each event has its own value (item, rating), "item" where it follows from the item (genres).
+    level: "event" where each event has its own value (item, rating), "item" where it follows from the item (genres),
+    "time" where it follows from the times of the user's events (time_gap).
     """
 
     name: str
     kind: Literal["single", "multi"]
     values: list[str]
-    level: Literal["event", "item"] = "event"
+    level: Literal["event", "item", "time"] = "event"
 
     @property
     def size(self) -> int:
@@ -72,7 +76,7 @@ class Vocabulary:
     def from_dataset(
         cls, dataset: Dataset, fields: Sequence[str] = ("item", "rating", "genres")
     ) -> Vocabulary:
-        """Vocabularies of the named declared fields. Raises UserError for a field that is undeclared or is text."""
+        """Vocabularies of the named fields: declared ones, and "time_gap". Raises UserError for others and for text."""
         return cls([_field_vocabulary(dataset, name) for name in fields])
 
     def __getitem__(self, name: str) -> FieldVocabulary:
@@ -104,10 +108,20 @@ class Vocabulary:
             raise UserError(f"{path}: not a vocabulary ({error}); pretrain the encoder again") from error
 
 
+def time_gap_vocabulary() -> FieldVocabulary:
+    """Its values: "first" for a user's first event, then buckets called by their least gap in s: 0, 1, 2, 4, ..."""
+    return FieldVocabulary(TIME_GAP, "single", ["first", "0", *(str(2**n) for n in range(31))], "time")
+
+
 def _field_vocabulary(dataset: Dataset, name: str) -> FieldVocabulary:
     specs = {spec.name: spec for spec in dataset.card.fields}
+    if name == TIME_GAP and name not in specs:
+        return time_gap_vocabulary()
     if name not in specs:
-        raise UserError(f"{dataset.folder}: no field {name!r}; declared fields are {', '.join(specs)}")
+        raise UserError(
+            f"{dataset.folder}: no field {name!r}; declared fields are {', '.join(specs)}, and {TIME_GAP} follows from "
+            "the times"
+        )
     spec = specs[name]
     if spec.kind == "text":
         raise UserError(

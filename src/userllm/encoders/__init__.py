@@ -1,6 +1,45 @@
-"""User encoders: a batch of histories in, user embeddings [B, S, U] out."""
+"""User encoders: a batch of histories in, user embeddings [B, M, U] and their mask [B, M] out."""
+
+from __future__ import annotations
 
 from userllm.encoders.autoregressive import AutoregressiveConfig, AutoregressiveEncoder
+from userllm.encoders.base import UserEncoder
+from userllm.encoders.bert4rec import Bert4RecConfig, Bert4RecEncoder
+from userllm.encoders.dual import DualConfig, DualEncoder
 from userllm.encoders.features import FieldShape
+from userllm.errors import UserError
 
-__all__ = ["AutoregressiveConfig", "AutoregressiveEncoder", "FieldShape"]
+__all__ = [
+    "AutoregressiveConfig",
+    "AutoregressiveEncoder",
+    "Bert4RecConfig",
+    "Bert4RecEncoder",
+    "DualConfig",
+    "DualEncoder",
+    "EncoderConfig",
+    "FieldShape",
+    "UserEncoder",
+    "config_of",
+    "encoder_config_class",
+]
+
+EncoderConfig = AutoregressiveConfig | DualConfig | Bert4RecConfig
+
+
+def encoder_config_class(kind: object) -> type[EncoderConfig]:
+    """What ``encoder.kind`` stands for. Raises UserError for anything else."""
+    match kind:
+        case "autoregressive":
+            return AutoregressiveConfig
+        case "dual":
+            return DualConfig
+        case "bert4rec":
+            return Bert4RecConfig
+    raise UserError(f"encoder.kind is {kind!r}; use autoregressive, dual or bert4rec")
+
+
+def config_of(encoder: UserEncoder) -> EncoderConfig | None:
+    """The configuration that builds the encoder again; None for one of somebody's own."""
+    return (
+        encoder.config if isinstance(encoder, AutoregressiveEncoder | DualEncoder | Bert4RecEncoder) else None
+    )

@@ -1,7 +1,8 @@
 """The autoregressive user encoder (User-LLM section 3.1): a causal Transformer over fused events.
 
 Where we differ from the paper or fill in what it leaves out ("ours"):
-  - pre-norm blocks with GELU, learned absolute positions, dropout: the paper states none of these;
+  - pre-norm blocks with GELU, learned absolute positions, dropout: the paper states none of these, and each is a
+    setting with the field's newer alternatives beside it (docs: Encoder recipes);
   - the item's loss can be weighted against the other fields' (the paper averages: weight 1 each, our default);
   - one pass over a history trains every position and gives the embedding of every prefix, so windows are never
     cut out one by one.
@@ -9,16 +10,18 @@ Where we differ from the paper or fill in what it leaves out ("ours"):
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from userllm.encoders.cross_entropy import blocked_cross_entropy
-from userllm.encoders.features import FieldShape, FieldTables
+from userllm.encoders.base import UserEncoder
+from userllm.encoders.blocks import Block, RelativeTimeBias, rotations, time_apart
+from userllm.encoders.features import RESERVED, FieldShape, FieldTables
+from userllm.encoders.item_loss import ItemLoss
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 
@@ -27,6 +30,8 @@ from userllm.events import HistoryBatch
 class AutoregressiveConfig:
     """Sizes of the autoregressive encoder; defaults are the paper's where it states them."""
 
+    kind: Literal["autoregressive"] = "autoregressive"
+    """Which encoder: autoregressive (paper's choice), dual or bert4rec."""
     layers: int = 6
     """Transformer layers (paper: 6)."""
     width: int = 128
@@ -35,8 +40,22 @@ class AutoregressiveConfig:
     """Attention heads (paper: 8)."""
     feed_forward: int = 512
     """Width of the feed-forward layers (ours: the paper is silent)."""
+    feed_forward_kind: Literal["gelu", "swiglu"] = "gelu"
+    """"swiglu" has a third matrix: with two thirds of ``feed_forward`` it has as many weights (ours)."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each part of a block, or after its residual connection as in the first Transformer (ours)."""
+    positions: Literal["learned", "rotary", "relative_time"] = "learned"
+    """How order is known. "learned": a table of absolute positions. "rotary": queries and keys are turned by position.
+    "relative_time": attention logits get a learned number for how many events and for how much time lie between two
+    events, as in HSTU (ours: the paper is silent)."""
     item_width: int = 128
     """d_j of the item table (ours)."""
+    item_start: Literal["random", "text"] = "random"
+    """What the item table holds before stage 1: random numbers, or the principal components of the language model's own
+    vectors of the titles (ours)."""
+    item_text: Literal["input", "hidden"] = "input"
+    """The vector of a title, for ``item_start: text``: the mean of the language model's input embeddings of its tokens
+    (no forward pass, so no matter how large the model or the catalogue), or of its last hidden states (ours)."""
     field_width: int = 16
     """d_j of every other field's table (ours)."""
     dropout: float = 0.1
@@ -49,89 +68,114 @@ class AutoregressiveConfig:
     """Learned positions are counted from a history's first event, or back from its latest, which then always has the
     same position, as in a left-padded SASRec (ours: the paper is silent). With "end" the embedding of a prefix inside
     a longer history, which stage 2 uses, is that of a history not yet at its end, not that of the prefix alone."""
+    item_loss: Literal["full", "sampled", "gbce"] = "full"
+    """The next item's loss. "full": cross-entropy over the catalogue (paper). For large catalogues "sampled":
+    cross-entropy over a sample, corrected for the sampling, or "gbce": gSASRec's (ours). Ranking is always exact."""
+    negatives: int = 256
+    """Items drawn per batch, shared by all its events; for "sampled" and "gbce" (ours; gSASRec: 256 per user)."""
+    proposal: Literal["uniform", "popularity"] = "uniform"
+    """How "sampled" draws them; "popularity": by the count of training events, plus one. "gbce" draws uniformly."""
+    gbce_calibration: float = 0.75
+    """t of "gbce", 0 to 1 (gSASRec: 0.75)."""
     loss_precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products in the item's full softmax; its probabilities and sums stay float32 (ours). "bfloat16"
-    about halves that loss's time on processors with bfloat16 instructions."""
+    takes a third to a half off that loss's time on processors with bfloat16 instructions."""
 
     def build(self, fields: list[FieldShape]) -> AutoregressiveEncoder:
         """The encoder for these fields, with random weights."""
         return AutoregressiveEncoder(self, fields)
 
 
-class _Block(nn.Module):
-    """Pre-norm causal self-attention and feed-forward."""
-
-    def __init__(self, config: AutoregressiveConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.dropout = config.dropout
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-        self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, config.feed_forward)
-        self.down = nn.Linear(config.feed_forward, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        mixed = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        x = x + F.dropout(mixed, self.dropout, self.training)
-        fed = self.down(F.gelu(self.up(self.feed_forward_norm(x))))
-        return x + F.dropout(fed, self.dropout, self.training)
-
-
-class AutoregressiveEncoder(nn.Module):
+class AutoregressiveEncoder(UserEncoder):
     """Events [B, S] -> user embeddings [B, S, U], one per event; position s knows events 0..s only.
 
-    Histories are padded on the right, so the causal mask alone keeps padding out of every real position.
+    Histories are padded on the right, so the causal mask alone keeps padding out of every real position. With positions
+    counted from the end an output also knows how many events follow, though nothing of them.
     """
+
+    causal = True
+    ranks_items = True
 
     def __init__(self, config: AutoregressiveConfig, fields: list[FieldShape]):
         super().__init__()
-        if config.width % config.heads:
-            raise UserError(f"encoder.width {config.width} is not a multiple of encoder.heads {config.heads}")
-        if unknown := set(config.field_weights) - {f.name for f in fields}:
-            known = ", ".join(f.name for f in fields)
-            raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
-        if all(config.field_weights.get(f.name, 1.0) == 0 for f in fields):
-            raise UserError("encoder.field_weights: every field's weight is 0, so nothing would be learned")
+        _check(config, fields)
         self.config = config
+        self.width, self.max_length = config.width, config.max_length
         self.features = FieldTables(fields, config.width, config.item_width, config.field_width)
-        self.positions = nn.Embedding(config.max_length, config.width)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        self.positions = (
+            nn.Embedding(config.max_length, config.width) if config.positions == "learned" else None
+        )
+        self.item_loss = ItemLoss(
+            config.item_loss,
+            next(f.size for f in fields if f.name == "item") - RESERVED,
+            config.negatives,
+            config.proposal,
+            config.gbce_calibration,
+            getattr(torch, config.loss_precision),
+        )
+        self.needs_frequencies = self.item_loss.by_popularity
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                config.heads,
+                config.feed_forward,
+                config.dropout,
+                config.feed_forward_kind,
+                config.norm,
+                RelativeTimeBias(config.heads, config.max_length)
+                if config.positions == "relative_time"
+                else None,
+            )
+            for _ in range(config.layers)
+        )
+        self.norm = (
+            nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+        )  # post: the last block's
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
 
-    @property
-    def width(self) -> int:
-        """U."""
-        return self.config.width
+    def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
+        """How often each value of a field occurs among the training targets: by field, [size], by vocabulary id."""
+        self.item_loss.frequencies.copy_(counts["item"][RESERVED:])
 
-    @property
-    def max_length(self) -> int:
-        """Events seen at most."""
-        return self.config.max_length
+    def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
+        """User embeddings [B, S, U] and the batch's mask; values at padding are meaningless.
 
-    def forward(self, batch: HistoryBatch) -> Tensor:
-        """User embeddings [B, S, U]; values at padding are meaningless. S must not exceed ``max_length``."""
+        S must not exceed ``max_length``. Relative-time positions need ``batch.times``.
+        """
         length = batch.mask.shape[1]
         if length > self.config.max_length:
             raise ValueError(f"{length} events given, the encoder sees {self.config.max_length} at most")
-        places = torch.arange(length, device=batch.mask.device)
-        if self.config.count_from == "end":
-            places = (batch.lengths[:, None] - 1 - places).clamp_min(0)  # at padding any will do
-        positions = self.positions(places)
-        x = F.dropout(self.features(batch.fields) + positions, self.config.dropout, self.training)
+        x, rotation, apart = self.features(batch.fields), None, None
+        if self.positions is not None:
+            places = torch.arange(length, device=x.device)
+            if self.config.count_from == "end":
+                places = (batch.lengths[:, None] - 1 - places).clamp_min(0)  # at padding any will do
+            x = x + self.positions(places)
+        elif self.config.positions == "rotary":
+            rotation = rotations(length, self.config.width // self.config.heads, x.device)
+        elif batch.times is None:
+            raise ValueError(
+                "encoder.positions is relative_time, but the batch has no times (UNKNOWN_TIME is one)"
+            )
+        else:
+            apart = time_apart(batch.times)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = block(x, rotation, apart)
+        return self.norm(x), batch.mask
 
     def item_scores(self, embeddings: Tensor) -> Tensor:
         """Scores of every catalogue item as the next event, [..., items], from user embeddings [..., U]."""
         return self.features.scores("item", embeddings)
+
+    def next_item_scores(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> Tensor:
+        """See ``UserEncoder``."""
+        return self.item_scores(self(histories)[0][rows, ends - 1])
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """The output heads."""
+        return self.features.heads.parameters()
 
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
         """Next-event loss per field and their weighted mean under ``"loss"`` (User-LLM section 3.1), in nats.
@@ -139,13 +183,42 @@ class AutoregressiveEncoder(nn.Module):
         ``targets`` holds, at each position of ``inputs``, the event that came next, and its own mask. A field of weight
         0 has no loss.
         """
-        hidden = self(inputs)[targets.mask]
+        hidden = self(inputs)[0][targets.mask]
         weights = {f.name: self.config.field_weights.get(f.name, 1.0) for f in self.features.fields}
         losses = self.features.losses(
             hidden,
             {name: ids[targets.mask] for name, ids in targets.fields.items()},
             skip=[name for name, weight in weights.items() if weight == 0],
-            item_loss=partial(blocked_cross_entropy, precision=getattr(torch, self.config.loss_precision)),
+            item_loss=self.item_loss,
         )
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}
+
+
+def _check(config: AutoregressiveConfig, fields: list[FieldShape]) -> None:
+    """Raise UserError for settings that cannot be, or cannot go together."""
+    if config.width % config.heads:
+        raise UserError(f"encoder.width {config.width} is not a multiple of encoder.heads {config.heads}")
+    if config.positions == "rotary" and config.width // config.heads % 2:
+        raise UserError(
+            f"encoder.positions: rotary needs an even width per head, not {config.width // config.heads}"
+        )
+    if config.positions != "learned" and config.count_from == "end":
+        raise UserError(f"encoder.count_from: end is for learned positions, not {config.positions}")
+    if unknown := set(config.field_weights) - {f.name for f in fields}:
+        known = ", ".join(f.name for f in fields)
+        raise UserError(f"encoder.field_weights: no field {sorted(unknown)[0]!r}; the fields are {known}")
+    if all(config.field_weights.get(f.name, 1.0) == 0 for f in fields):
+        raise UserError("encoder.field_weights: every field's weight is 0, so nothing would be learned")
+    if config.negatives < 1:
+        raise UserError(f"encoder.negatives is {config.negatives}; draw at least 1 item")
+    if not 0 <= config.gbce_calibration <= 1:
+        raise UserError(f"encoder.gbce_calibration is {config.gbce_calibration}; it goes from 0 to 1")
+    if config.proposal != "uniform" and config.item_loss != "sampled":
+        raise UserError(
+            f"encoder.proposal: {config.proposal} is for item_loss: sampled, not {config.item_loss}"
+        )
+    if config.loss_precision != "float32" and config.item_loss != "full":
+        raise UserError(
+            f"encoder.loss_precision: {config.loss_precision} is for item_loss: full, not {config.item_loss}"
+        )

@@ -56,6 +56,11 @@ class FieldTables(nn.Module):
         assert isinstance(weight, Tensor)
         return weight[RESERVED:]
 
+    @torch.no_grad()
+    def start(self, name: str, rows: Tensor) -> None:
+        """Put rows [size - 2, d_j] into a field's table."""
+        self.table(name).copy_(rows)
+
     def forward(self, ids: Mapping[str, Tensor]) -> Tensor:
         """Ids [B, S] (or [B, S, K] for multi-valued fields) -> fused event embeddings [B, S, U]."""
         parts = []

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userllm.baselines.own_history import own_most_frequent
 from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
@@ -45,6 +46,10 @@ class EvaluationConfig:
     """Whether next items already in the history are left out of every system's list."""
     batch: int = 32
     """Users answered at once."""
+    knowledge_tokens: int | None = 512
+    """Tokens of the general English text that the LM reads, to see what it still knows; null: all, about 2,000."""
+    knowledge_users: int = 2
+    """Users it reads the text with, one after the other."""
 
 
 @dataclass
@@ -61,14 +66,14 @@ class Answered:
 class ClosedEvaluator:
     """Evaluates the closed tasks of a model on one part of a split.
 
-    encoder: the encoder as stage 1 left it, whose own full-catalogue ranking is a baseline (stage 2 trains the model's
-    copy for the language model, without its output heads).
+    encoder: the encoder as stage 1 left it, whose own full-catalogue ranking, if it can do that, is a baseline (stage 2
+    trains the model's copy for the language model, without its output heads).
     """
 
     def __init__(
         self,
         model: UserLLM,
-        encoder: AutoregressiveEncoder,
+        encoder: UserEncoder,
         dataset: Dataset,
         split: Split,
         stored: StoredHistories,
@@ -109,12 +114,14 @@ class ClosedEvaluator:
         base = self.model.all_log_likelihoods(name, None).cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
-            ranks, logliks = encoder_ranks(
-                self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
-            )
-            systems["encoder"] = Answered(ranks, logliks)
+            if self.encoder.ranks_items:
+                ranks, logliks = encoder_ranks(
+                    self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
+                )
+                systems["encoder"] = Answered(ranks, logliks)
             counts = item_counts(self.dataset, self.split)
             systems["popularity"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+            systems["own_most_frequent"] = self._own_most_frequent(rows, targets, counts)
         else:
             counts = answer_counts(task, self.dataset, self.split, window)
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
@@ -182,6 +189,17 @@ class ClosedEvaluator:
         else:
             ranks = rank_of(scores[None].expand(len(rows), -1), targets).numpy()
         return Answered(ranks, log_p[targets].double().numpy())
+
+    def _own_most_frequent(self, rows: np.ndarray, targets: Tensor, popularity: Tensor) -> Answered:
+        """What the user had most often. With seen items excluded nothing of one's own is left: popularity remains."""
+        if self.config.exclude_seen:
+            return Answered(fixed_ranks(popularity, self.dataset, rows, exclude_seen=True))
+        ranks = np.zeros(len(rows), dtype=np.int64)
+        for start in range(0, len(rows), 512):
+            part = slice(start, start + 512)
+            scores = own_most_frequent(self.dataset, rows[part], popularity)
+            ranks[part] = rank_of(scores, targets[part]).numpy()
+        return Answered(ranks)
 
     def _count_exactly(self, task: ClosedTask, rows: np.ndarray, targets: Tensor, window: int) -> np.ndarray:
         """Ranks by counting the field's values in the very batch the encoder gets: the upper bound."""

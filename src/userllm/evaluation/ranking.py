@@ -11,7 +11,7 @@ from torch import Tensor
 
 from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 
 
 def seen_items(dataset: Dataset, rows: np.ndarray) -> Tensor:
@@ -44,7 +44,7 @@ def rank_of(scores: Tensor, target: Tensor, excluded: Tensor | None = None) -> T
 
 @torch.no_grad()
 def encoder_ranks(
-    encoder: AutoregressiveEncoder,
+    encoder: UserEncoder,
     stored: StoredHistories,
     dataset: Dataset,
     rows: np.ndarray,
@@ -53,8 +53,8 @@ def encoder_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The encoder's rank of each true next item [n], and its log-likelihood in nats [n] over the catalogue.
 
-    rows [n, 3]: (user, start, stop) as ``Split.examples`` gives them. A history without events ranks by position 0's
-    score of nothing and is not allowed here.
+    rows [n, 3]: (user, start, stop) as ``Split.examples`` gives them; a history without events is not allowed here.
+    Raises UserError for an encoder that cannot rank the catalogue by itself.
     """
     device = next(encoder.parameters()).device
     ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
@@ -64,9 +64,9 @@ def encoder_ranks(
     for start in range(0, len(rows), batch):
         part = order[start : start + batch]
         histories = stored.batch(rows[part]).to(device)
-        embeddings = encoder(histories)
-        last = embeddings[torch.arange(len(part), device=device), histories.lengths - 1]
-        scores, target = encoder.item_scores(last), target_items(dataset, rows[part]).to(device)
+        everyone = torch.arange(len(part), device=device)
+        scores = encoder.next_item_scores(histories, everyone, histories.lengths)
+        target = target_items(dataset, rows[part]).to(device)
         excluded = seen_items(dataset, rows[part]).to(device) if exclude_seen else None
         ranks[part] = rank_of(scores, target, excluded).cpu().numpy()
         logliks[part] = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0].cpu().numpy()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from userllm.errors import UserError
+from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
@@ -38,6 +39,8 @@ class FusionConfig:
     """Shape of the soft prompt."""
     perceiver: PerceiverConfig | None = None
     """Perceiver between encoder and projection (paper's variant: 6 layers, 16 latents); none by default."""
+    catalogue: CatalogueConfig | None = None
+    """Attention from the user to the catalogue's titles, behind the last layer (ours); none by default."""
     text: HistoryTextConfig = field(default_factory=HistoryTextConfig)
     """Latest events written out in the prompt, besides or instead of the embeddings."""
 
@@ -50,6 +53,8 @@ class FusionConfig:
         """Raise UserError for settings that contradict each other."""
         if self.kind == "none" and self.text.events < 1:
             raise UserError("fusion.kind none leaves the user out; set fusion.text.events for a text prompt")
+        if self.catalogue is not None and self.kind != "cross_attention":
+            raise UserError(f"fusion.catalogue goes with kind cross_attention, not with {self.kind}")
         if self.events < 1:
             raise UserError(f"fusion.events is {self.events}; the LM needs to see at least one event")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,12 @@ class Adapter:
     def save(self, folder: Path) -> None:
         """Write a plain peft folder. The LM must be detached from its cross-attention blocks."""
         self._peft_model.save_pretrained(str(folder))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The LM is what it was before the adapter, for the length of a ``with`` block."""
+        with self._peft_model.disable_adapter():
+            yield
 
     def parameters(self) -> Iterator[Parameter]:
         """The adapter's weights."""

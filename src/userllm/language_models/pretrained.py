@@ -61,6 +61,8 @@ class ResolvedLM:
     """A sentence: which source served it."""
     sha256: str
     """Of the weight files' contents, concatenated in the order of their names."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,8 @@ def _write_once(folder: Path, write: Callable[[Path], None]) -> None:
 def _resolve_hub(name: str, hub_id: str, revision: str | None) -> ResolvedLM:
     where = f"{hub_id}{'@' + revision if revision else ''}"
     if folder := _hub_snapshot(hub_id, revision):
-        return ResolvedLM(folder, name, f"the local hub cache of {where}", weights_sha256(folder))
-    if problem := _hub_problem():
+        return ResolvedLM(folder, name, f"the local hub cache of {where}", weights_sha256(folder), revision)
+    if problem := hub_problem():
         raise UserError(
             f"language model {where}: {problem}, and it is not in the local cache; "
             "connect, or name a local folder instead"
@@ -277,7 +279,7 @@ def _resolve_hub(name: str, hub_id: str, revision: str | None) -> ResolvedLM:
             f"language model {where}: download failed ({' '.join(str(error).split())[:200]}); run again"
         ) from error
     require_complete(folder)
-    return ResolvedLM(folder, name, f"{hub.ENDPOINT}/{where}", weights_sha256(folder))
+    return ResolvedLM(folder, name, f"{hub.ENDPOINT}/{where}", weights_sha256(folder), revision)
 
 
 def _hub_snapshot(hub_id: str, revision: str | None) -> Path | None:
@@ -303,7 +305,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     return folder if weight_files(folder) else fetch("pytorch_model*.bin")
 
 
-def _hub_problem() -> str | None:
+def hub_problem() -> str | None:
     """Why the hub cannot be used now, or None. Takes at most ``_HUB_SECONDS``, name look-up included."""
     if hub.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

@@ -53,6 +53,8 @@ def render(run: RunRecord, drawn: dict[str, Figure]) -> str:
         checks=wording.checks(run),
         what_ran=wording.what_ran(run),
         trainable=wording.trainable(run),
+        knowledge=wording.knowledge(run),
+        knowledge_note=wording.knowledge_note(run) if run.knowledge else "",
         timings=wording.timings(run),
         notes=run.metrics.get("notes", []),
         attended=attended,

@@ -37,6 +37,8 @@ def render(run: RunRecord, drawn: list[str]) -> str:
         _picture("gates") if "gates" in drawn else _missing("Gates", "metrics.json records none"),
         "## Trainable parameters",
         _trainable(run),
+        "## Knowledge kept",
+        _knowledge(run),
         "## Timings",
         _timings(run),
         "## What ran",
@@ -126,6 +128,14 @@ def _trainable(run: RunRecord) -> str:
         return _missing("Trainable parameters", "metrics.json records none")
     groups.append(("in all", sum(count for _, count in groups)))
     return _table(("Group", "Parameters"), [(name, f"{count:,}") for name, count in groups])
+
+
+def _knowledge(run: RunRecord) -> str:
+    rows = wording.knowledge(run)
+    if not rows:
+        return _missing("Knowledge kept", "metrics.json records none")
+    table = _table(("Who read a general English text", "Perplexity", "Against the base LM"), rows)
+    return f"{table}\n\n{wording.knowledge_note(run)}"
 
 
 def _timings(run: RunRecord) -> str:

@@ -95,6 +95,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Knowledge:
+    """How a general English text was read: perplexity by reader, over ``tokens`` tokens."""
+
+    perplexity: dict[str, float]
+    """of base, without_user and with_users"""
+    tokens: int
+    users: int
+    """users it was read with"""
+    sha256: str
+    """of the text"""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run folder as read. Optional parts that the folder lacks are empty."""
 
@@ -104,6 +117,7 @@ class RunRecord:
     tasks: list[Task]
     gates: list[tuple[int, float]]
     """(LM layer, gate) in order of layers"""
+    knowledge: Knowledge | None
     examples: list[Example]
     history: dict[str, list[dict[str, Any]]]
     """log_history by stage"""
@@ -138,6 +152,7 @@ def read_run(folder: Path) -> RunRecord:
             _gate(gate, f"{where}: gates[{i}]")
             for i, gate in enumerate(_list(metrics.get("gates"), f"{where}: gates"))
         ),
+        knowledge=_knowledge(metrics.get("knowledge"), f"{where}: knowledge"),
         examples=[
             _example(example, f"{folder / 'examples.json'}: [{i}]") for i, example in enumerate(examples)
         ],
@@ -212,6 +227,21 @@ def _task(name: str, task: Mapping[str, Any], part: str, where: str) -> Task:
 def _gate(gate: Any, where: str) -> tuple[int, float]:
     return int(_number(_get(gate, "layer", where), f"{where}.layer")), _number(
         _get(gate, "value", where), f"{where}.value"
+    )
+
+
+def _knowledge(knowledge: Any, where: str) -> Knowledge | None:
+    if knowledge is None:
+        return None
+    readers = {name: _get(knowledge, name, where) for name in ("base", "without_user", "with_users")}
+    return Knowledge(
+        perplexity={
+            name: _number(_get(reader, "perplexity", f"{where}.{name}"), f"{where}.{name}.perplexity")
+            for name, reader in readers.items()
+        },
+        tokens=int(_number(_get(knowledge, "tokens", where), f"{where}.tokens")),
+        users=int(_number(_get(knowledge, "users", where), f"{where}.users")),
+        sha256=str(_get(knowledge, "sha256", where)),
     )
 
 

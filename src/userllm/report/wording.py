@@ -15,6 +15,7 @@ SYSTEMS = {
     "no_user": "Same LM, no user",
     "encoder": "User encoder alone",
     "popularity": "Popularity",
+    "own_most_frequent": "User's own most frequent",
     "majority": "Majority class",
     "exact": "Exact answer (upper bound)",
 }
@@ -29,6 +30,12 @@ STAGES = {
     "report": "Report",
 }
 
+READERS = {
+    "base": "Base LM, before stage 2",
+    "without_user": "After stage 2, no user",
+    "with_users": "After stage 2, with a user",
+}
+"""Who read the general English text."""
 RIVALS = {
     "no_user": "the same LM with no user",
     "user_llm_shuffled": "User-LLM with another user's history",
@@ -203,6 +210,30 @@ def trainable(run: RunRecord) -> list[tuple[str, int]]:
     """(group, trainable parameters) as recorded, without a total."""
     groups = _mapping(run.metrics.get("trainable"))
     return [(name.replace("_", " "), int(count)) for name, count in groups.items() if name != "total"]
+
+
+def knowledge(run: RunRecord) -> list[tuple[str, str, str]]:
+    """(who read the general English text, perplexity, how much above the base LM's); empty where nobody did."""
+    if run.knowledge is None:
+        return []
+    base = run.knowledge.perplexity["base"]
+    return [
+        (READERS[reader], f"{value:,.2f}", "" if reader == "base" else _change(value / base - 1))
+        for reader, value in run.knowledge.perplexity.items()
+    ]
+
+
+def knowledge_note(run: RunRecord) -> str:
+    """What was read, and by whom."""
+    assert run.knowledge is not None
+    return (
+        f"Perplexity on {run.knowledge.tokens:,} tokens of general English; with users: the mean over "
+        f"{run.knowledge.users}. Text sha256 {run.knowledge.sha256[:12]}."
+    )
+
+
+def _change(share: float) -> str:
+    return "exactly the same" if share == 0 else f"{100 * share:+.2f} %"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

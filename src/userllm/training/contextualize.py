@@ -1,9 +1,9 @@
 """Stage 2: the language model learns to use the user embeddings (User-LLM sections 3.2, 3.3).
 
-One encoder pass over a user's history serves several examples of that user, at different points in time, since the
-encoder is causal. With a frozen LM the layers below the first fused one are replayed from a store. With ``teacher`` > 0
-a task also learns from the pretrained encoder's own distribution over the catalogue (ours): one example then says
-something about every item, not only about the one that came next.
+One encoder pass over a user's history serves several examples of that user, at different points in time, where the
+encoder is causal; any other reads each example's history by itself. With a frozen LM the layers below the first fused
+one are replayed from a store. With ``teacher`` > 0 a task also learns from the pretrained encoder's own distribution
+over the catalogue (ours): one example then says something about every item, not only about the one that came next.
 """
 
 from __future__ import annotations
@@ -87,10 +87,8 @@ class ContextualizedLosses(nn.Module):
     @torch.no_grad()
     def _teach(self, histories: HistoryBatch, examples: Examples, mine: Tensor) -> Tensor:
         teacher = self._teacher[0].to(histories.mask.device)
-        last = teacher(histories)[
-            examples.rows.to(mine.device)[mine], examples.ends.to(mine.device)[mine] - 1
-        ]
-        return torch.softmax(teacher.item_scores(last), dim=-1)
+        rows, ends = examples.rows.to(mine.device)[mine], examples.ends.to(mine.device)[mine]
+        return torch.softmax(teacher.next_item_scores(histories, rows, ends), dim=-1)
 
 
 def contextualize(
@@ -118,6 +116,9 @@ def contextualize(
         evaluator,
         rates={
             ".block.gate": config.gate_rate,
+            ".after.gate": config.gate_rate,
+            ".after.maps": 0.1,
+            ".after.": 1.0,
             ".block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from userllm.data.batches import BatchConfig, LengthBucketSampler, TrainingSequences
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import AutoregressiveEncoder
+from userllm.encoders import UserEncoder
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
 from userllm.events import HistoryBatch
@@ -86,7 +87,7 @@ class PretrainBatches(StepBatches):
 class NextEventLosses(nn.Module):
     """The encoder as the Trainer sees it: inputs and targets in, the losses of every field out."""
 
-    def __init__(self, encoder: AutoregressiveEncoder):
+    def __init__(self, encoder: UserEncoder):
         super().__init__()
         self.encoder = encoder
 
@@ -97,7 +98,7 @@ class NextEventLosses(nn.Module):
 
 
 def pretrain(
-    encoder: AutoregressiveEncoder,
+    encoder: UserEncoder,
     dataset: Dataset,
     split: Split,
     stored: StoredHistories,
@@ -107,8 +108,11 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Train ``encoder`` in place and leave it with its best weights; resumes from ``folder``. Returns the log history.
 
-    Where the split has no validation events the last weights are kept.
+    Where the split has no validation events the last weights are kept. An encoder that cannot rank the catalogue is
+    judged by the log-likelihood of what it predicts.
     """
+    if encoder.needs_frequencies:
+        encoder.use_frequencies(training_counts(stored, split))
     batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
     rows = split.examples("validation", max_length=encoder.max_length)
     if config.validation_users is not None and config.validation_users < len(rows):
@@ -117,6 +121,8 @@ def pretrain(
         ]
 
     def validate() -> dict[str, float]:
+        if not encoder.ranks_items:
+            return {"log_likelihood": next_event_log_likelihood(encoder, stored, rows)}
         ranks, logliks = encoder_ranks(encoder, stored, dataset, rows, exclude_seen=True)
         metrics = {name: estimate.value for name, estimate in ranking_metrics(ranks).items()}
         return metrics | {"log_likelihood": float(logliks.mean())}
@@ -127,8 +133,42 @@ def pretrain(
         model, training_arguments(folder, config.optimization, batches.steps, seed, every), batches, validate
     )
     if every is not None:
-        trainer.add_callback(KeepBest(model, folder, "eval_recall@10", config.patience))
+        metric = "eval_recall@10" if encoder.ranks_items else "eval_log_likelihood"
+        trainer.add_callback(KeepBest(model, folder, metric, config.patience))
     history = trainer.run()
     if (folder / "best.safetensors").exists():
         load_trainable(model, folder / "best.safetensors")
     return history
+
+
+def training_counts(stored: StoredHistories, split: Split, batch: int = 512) -> dict[str, Tensor]:
+    """By field, how often each vocabulary id is that of a training target, [size]; 0 at padding."""
+    counts = {f.name: torch.zeros(f.size, dtype=torch.long) for f in stored.collator.vocabulary}
+    first = np.full(len(split.users), split.first_target)
+    rows = np.stack([split.users, first, np.maximum(first, split.train_end)], axis=1)
+    for start in range(0, len(rows), batch):
+        for name, ids in stored.batch(rows[start : start + batch]).fields.items():
+            counts[name] += torch.bincount(ids.flatten(), minlength=len(counts[name]))
+    for count in counts.values():
+        count[0] = 0
+    return counts
+
+
+@torch.no_grad()
+def next_event_log_likelihood(
+    encoder: UserEncoder, stored: StoredHistories, rows: np.ndarray, batch: int = 64
+) -> float:
+    """Mean log-likelihood of the event that follows each row (user, start, stop), in nats; minus the encoder's loss."""
+    device = next(encoder.parameters()).device
+    was_training = encoder.training
+    encoder.eval()
+    total = 0.0
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        inputs, targets = stored.batch(part), stored.batch(part + np.array([0, 1, 1]))
+        last = targets.mask & (targets.mask.cumsum(1) == targets.lengths[:, None])
+        targets = HistoryBatch(targets.fields, last)
+        losses = encoder.next_event_losses(inputs.to(device), targets.to(device))
+        total -= float(losses["loss"]) * len(part)
+    encoder.train(was_training)
+    return total / max(len(rows), 1)

@@ -34,7 +34,8 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
             weight.requires_grad_(True)
     if strategy != "proj":
         model.encoder.requires_grad_(True)
-        model.encoder.features.heads.requires_grad_(False)
+        for weight in model.encoder.head_parameters():
+            weight.requires_grad_(False)
     model.user_tokens.requires_grad_(True)
     if model.soft_prompt is not None:
         model.soft_prompt.requires_grad_(True)
@@ -47,11 +48,16 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
             )
     for block in model.attachment.blocks.values():
         block.requires_grad_(True)
+    if model.attachment.after is not None:
+        model.attachment.after.requires_grad_(True)
     model.lm_is_frozen = strategy in ("enc", "proj")
 
 
 def trainable_parameters(model: UserLLM) -> dict[str, int]:
-    """Trainable weights per group: lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention."""
+    """Trainable weights per group.
+
+    lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention (with the catalogue's block).
+    """
     counts = {"lm": 0, "lora": 0, "encoder": 0, "projection": 0, "cross_attention": 0}
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -60,7 +66,7 @@ def trainable_parameters(model: UserLLM) -> dict[str, int]:
             group = "encoder"
         elif name.startswith(("user_tokens.", "soft_prompt.")):
             group = "projection"
-        elif ".block." in name:
+        elif ".block." in name or ".after." in name:
             group = "cross_attention"
         else:
             group = "lora" if "lora_" in name else "lm"
