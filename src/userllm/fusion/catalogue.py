@@ -50,8 +50,12 @@ class CatalogueBlock(nn.Module):
         self.register_buffer("title_tokens", title_tokens, persistent=False)
         self.title_tokens: Tensor
         self.threshold = nn.Parameter(torch.tensor(math.log(items) - 1))
-        self.size = float(table.detach()[title_tokens[title_tokens >= 0]].float().pow(2).mean().sqrt())
-        found = [_separating(title_tokens[:, j], table.detach(), self.size) for j in range(positions)]
+        # saved with the rest: after training with strategy "full" the table says something else
+        self.register_buffer(
+            "size", table.detach()[title_tokens[title_tokens >= 0]].float().pow(2).mean().sqrt()
+        )
+        self.size: Tensor
+        found = [_separating(title_tokens[:, j], table.detach(), float(self.size)) for j in range(positions)]
         self.maps = nn.Parameter(torch.stack([to_text for to_text, _ in found]))
         self.centres = nn.Parameter(torch.stack([centre for _, centre in found]))
         self.choose = nn.Linear(table.shape[1], positions)
