@@ -21,6 +21,7 @@ SYSTEMS = {
     "encoder": "the encoder's own ranking",
     "popularity": "popularity",
     "own_most_frequent": "the user's own most frequent",
+    "own_most_frequent": "the user's own most frequent",
     "majority": "majority genre",
     "exact": "counting (upper bound)",
 }
@@ -51,6 +52,9 @@ def run_block(name: str, command: str) -> str | None:
                 lines.append(
                     f"| {label} | " + " | ".join(interval(entry[system][key]) for key in keys) + " |"
                 )
+        if "encoder" in entry:
+            share = entry["user_llm"]["recall@10"]["value"] / entry["encoder"]["recall@10"]["value"]
+            lines += ["", f"User-LLM's recall@10 is {share:.2f} of its own encoder's."]
         gains = entry["gain_nats"]
         lines += [
             "",
@@ -88,6 +92,26 @@ def bench_block(name: str, command: str, rows: Callable[[dict[str, Any]], list[s
 def spread(ratio: dict[str, float]) -> str:
     """``median x (min to max)``."""
     return f"**{ratio['median']:.2f}x** ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)"
+
+
+def text_prompt_rows(result: dict[str, Any]) -> list[str]:
+    """A row per way of telling the LM about the user."""
+    names = {
+        "user_llm_enc": "User-LLM, frozen LM, attention from the answer on",
+        "user_llm_lora": "User-LLM, LoRA, attention from all text",
+        "text_prompt_lora": f"Text Prompt of {result['events']} events, LoRA",
+    }
+    rows = [
+        "| | LM tokens | GFLOP, training | GFLOP, answering | examples/s, training | examples/s, answering |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, label in names.items():
+        flops, speed = result["flops_per_example"][name], result["median_examples_per_s"]
+        rows.append(
+            f"| {label} | {result['lm_tokens'][name]:.0f} | {flops['train'] / 1e9:.1f} | {flops['answer'] / 1e9:.1f} | "
+            f"{speed['train'][name]:.2f} | {speed['answer'][name]:.2f} |"
+        )
+    return rows
 
 
 def encoder_block() -> str | None:
@@ -137,6 +161,9 @@ def main() -> None:
             "contextualization",
             "python benchmarks/bench_contextualization.py",
             lambda r: [spread(r["ratio"])],
+        ),
+        "text-prompt-performance": bench_block(
+            "text_prompt", "python benchmarks/bench_text_prompt.py", text_prompt_rows
         ),
         "decoding-performance": bench_block(
             "decoding",
