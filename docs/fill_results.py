@@ -21,7 +21,6 @@ SYSTEMS = {
     "encoder": "the encoder's own ranking",
     "popularity": "popularity",
     "own_most_frequent": "the user's own most frequent",
-    "own_most_frequent": "the user's own most frequent",
     "majority": "majority genre",
     "exact": "counting (upper bound)",
 }
