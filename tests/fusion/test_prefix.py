@@ -203,3 +203,15 @@ def test_bad_settings_are_named(make_user_llm):
         make_user_llm("enc", kind="none", text=HistoryTextConfig(events=2))
     with pytest.raises(UserError, match="at least one event"):
         FusionConfig(events=0).check()
+
+
+def test_gradient_checkpointing_is_refused_where_it_would_drop_what_was_read(make_user_llm, stored):
+    users = stored.batch([(7, 0, 6)])
+    for attend, refused in (("answer", True), ("text", False)):
+        model = make_user_llm("full", attend=attend).train()
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if refused:
+            with pytest.raises(UserError, match='gradient checkpointing drops .* use "text"'):
+                model.answer_losses("next_item", torch.tensor([3]), model.context(users))
+        else:
+            model.answer_losses("next_item", torch.tensor([3]), model.context(users))[0].sum().backward()
