@@ -32,9 +32,13 @@ from userllm.training.examples import ExampleBatches
 WAYS = {
     "user_llm_enc": ["fusion.attend=answer", "contextualize.strategy.name=enc"],
     "user_llm_lora": ["fusion.attend=text", "contextualize.strategy.name=lora"],
-    "text_prompt_lora": ["fusion.kind=none", "fusion.text.events=50", "contextualize.strategy.name=lora"],
+    "text_prompt_lora": [
+        "fusion.kind=none",
+        "fusion.catalogue=null",
+        "fusion.text.events=50",
+        "contextualize.strategy.name=lora",
+    ],
 }
-USERS = 16
 
 
 class Way:
@@ -51,16 +55,18 @@ class Way:
             self.model.store_lower_states()
         self.losses = ContextualizedLosses(self.model)
         counts = config.contextualize
-        counts.histories, counts.examples_per_history = USERS, 1
+        counts.histories, counts.examples_per_history = args.users, 1
         run = self.run
         self.batches = ExampleBatches(self.model, run.dataset, run.split, run.stored, counts, seed=0)
         learning = [p for p in self.losses.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)
-        self.rows = run.split.examples("test", self.model.encoder.max_length)[:USERS]
+        everyone = run.split.examples("test", self.model.encoder.max_length)
+        some = np.random.default_rng(0).permutation(len(everyone))
+        self.rows, self.many = everyone[some[: args.users]], everyone[some[:500]]
         self.step = 0
 
     def train(self) -> float:
-        """One optimiser step on ``USERS`` examples."""
+        """One optimiser step on one example of each user."""
         self.losses.train()
         examples = self.batches.batch(self.step)["examples"]
         self.step += 1
@@ -71,7 +77,7 @@ class Way:
 
     @torch.no_grad()
     def answer(self) -> float:
-        """The ten best items of ``USERS`` users, their histories read anew."""
+        """The ten best items of each user, their histories read anew."""
         self.model.eval()
         users = self.model.context(self.run.stored.batch(self.rows))
         self.model.rank_answers("next_item", users, 10, 10)
@@ -79,8 +85,8 @@ class Way:
 
     @torch.no_grad()
     def tokens(self) -> float:
-        """Mean number of tokens the LM reads before its answer."""
-        users = self.model.context(self.run.stored.batch(self.rows))
+        """Mean number of tokens the LM reads before its answer, over 500 test users."""
+        users = self.model.context(self.run.stored.batch(self.many))
         read = len(self.model.answers["next_item"].prompt_ids)
         if users.prefix is not None:
             read += float(users.prefix.mask.sum(1).float().mean()) - len(self.model.opening)
@@ -106,6 +112,7 @@ def main() -> None:
     """See the module."""
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--users", type=int, default=8, help="users in a training step and in an answer")
     args = parser.parse_args()
     ways = {name: Way(args, name) for name in WAYS}  # small first: peak memory only rises
     lifted = {
@@ -123,10 +130,10 @@ def main() -> None:
         "text_prompt",
         {
             "events": 50,
-            "users": USERS,
+            "users": args.users,
             "lm": ways["user_llm_enc"].model.reference.name,
             "lm_tokens": {name: way.tokens() for name, way in ways.items()},
-            "history_lengths": {"mean": float(np.mean([r[2] - r[1] for r in ways["user_llm_enc"].rows]))},
+            "history_lengths": {"mean": float(np.mean([r[2] - r[1] for r in ways["user_llm_enc"].many]))},
             "flops_per_example": flops,
             "flops_ratio": {
                 what: {name: flops["text_prompt_lora"][what] / flops[name][what] for name in against}
