@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import polars as pl
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,25 +19,28 @@ from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import (
-    AutoregressiveConfig,
     EncoderConfig,
-    FieldShape,
     UserEncoder,
-    config_of,
-    encoder_config_class,
 )
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
-from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.config import FusionConfig
-from userllm.fusion.cross_attention import CrossAttentionConfig
-from userllm.fusion.history_text import HistoryTextConfig
-from userllm.fusion.perceiver import PerceiverConfig
-from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
 from userllm.model_card import write_description
+from userllm.saved_model import (
+    described_encoder,
+    field_shapes,
+    file_sha256,
+    fill_weights,
+    package_version,
+    save_weights,
+    saved_encoder,
+    saved_fusion,
+    saved_vocabulary,
+    where_from,
+)
 from userllm.tasks import ClosedTask, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
@@ -337,8 +335,8 @@ class UserLLM(ContextualLM):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             partial = Path(scratch) / "model"
             partial.mkdir()
-            _save(self.encoder.state_dict(), partial / "encoder.safetensors")
-            _save(self._fusion_weights(), partial / "fusion.safetensors")
+            save_weights(self.encoder.state_dict(), partial / "encoder.safetensors")
+            save_weights(self._fusion_weights(), partial / "fusion.safetensors")
             self.collator.vocabulary.save(partial / "vocabulary.json")
             self.collator.items.write_parquet(partial / "items.parquet")
             with self.attachment.detached():
@@ -349,18 +347,18 @@ class UserLLM(ContextualLM):
                     self.tokenizer.save_pretrained(partial / "lm")
             description = {
                 "format_version": FORMAT_VERSION,
-                "created_by": f"userllm {_version()}",
+                "created_by": f"userllm {package_version()}",
                 "strategy": self.strategy,
                 "lm": {
-                    "name": _where(self.reference),
+                    "name": where_from(self.reference),
                     "source": self.reference.source,
                     "sha256": self.reference.sha256,
                     "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
                 },
-                "encoder": _described(self.encoder),
+                "encoder": described_encoder(self.encoder),
                 "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],
-                "vocabulary": _sha256(partial / "vocabulary.json"),
+                "vocabulary": file_sha256(partial / "vocabulary.json"),
                 "fusion": asdict(self.config),
                 "tasks": {name: asdict(task.config) for name, task in self.tasks.items()},
                 "run": self.run,
@@ -451,14 +449,22 @@ class UserLLM(ContextualLM):
             raise UserError(
                 f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
             ) from error
-        collator = HistoryCollator(items, _vocabulary(folder, saved))
-        encoder = _encoder(file, saved, encoder)
-        _fill(encoder.state_dict(), folder / "encoder.safetensors")
+        collator = HistoryCollator(items, saved_vocabulary(folder, saved))
+        encoder = saved_encoder(file, saved, encoder)
+        fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(
-            base, tokenizer, encoder, _fusion(saved["fusion"]), tasks, collator, reference, strategy, adapter
+            base,
+            tokenizer,
+            encoder,
+            saved_fusion(saved["fusion"]),
+            tasks,
+            collator,
+            reference,
+            strategy,
+            adapter,
         )
-        _fill(model._fusion_weights(), folder / "fusion.safetensors")
+        fill_weights(model._fusion_weights(), folder / "fusion.safetensors")
         model.run = saved.get("run", {})  # folders written by userllm 0.1.0 have none
         model.requires_grad_(False)
         return model.eval()
@@ -474,63 +480,9 @@ class UserLLM(ContextualLM):
         return weights
 
 
-def field_shapes(vocabulary: Vocabulary) -> list[FieldShape]:
-    """What an encoder must know of a vocabulary's fields."""
-    return [FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary]
-
-
 def encoder_for(vocabulary: Vocabulary, config: EncoderConfig) -> UserEncoder:
     """An encoder with random weights for a vocabulary's fields."""
     return config.build(field_shapes(vocabulary))
-
-
-def _described(encoder: UserEncoder) -> dict[str, Any]:
-    """What config.json says of an encoder: its configuration, or that it is somebody's own."""
-    config = config_of(encoder)
-    own = {"kind": "own", "class": type(encoder).__name__, "width": encoder.width}
-    return own if config is None else asdict(config)
-
-
-def _encoder(file: Path, saved: dict[str, Any], given: UserEncoder | None) -> UserEncoder:
-    """The encoder that config.json (``file``) speaks of; ``given`` if somebody brings it."""
-    described = {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
-    if given is not None:
-        if given.width != described["width"]:
-            raise UserError(
-                f"{file}: the fusion was trained with user embeddings of width {described['width']}, those of the "
-                f"{type(given).__name__} given are {given.width} wide; give the encoder it was trained with"
-            )
-        return given
-    if described["kind"] == "own":
-        raise UserError(
-            f"{file}: trained with an encoder of somebody's own, {described['class']}; build it as it was built then "
-            "and load with UserLLM.from_pretrained(folder, encoder=...)"
-        )
-    return encoder_config_class(described["kind"])(**described).build(
-        [FieldShape(**f) for f in saved["fields"]]
-    )
-
-
-def _vocabulary(folder: Path, saved: dict[str, Any]) -> Vocabulary:
-    """vocabulary.json, if it is the one the encoder was trained with."""
-    file = folder / "vocabulary.json"
-    vocabulary = Vocabulary.load(file)
-    for have, need in zip_longest(field_shapes(vocabulary), [FieldShape(**f) for f in saved["fields"]]):
-        if have != need:
-            raise UserError(f"{file}: has {_spelt(have)}, the encoder was trained with {_spelt(need)}")
-    if "vocabulary" in saved and _sha256(file) != saved["vocabulary"]:
-        raise UserError(
-            f"{file}: not the vocabulary the encoder was trained with: its ids stand for other values"
-        )
-    return vocabulary
-
-
-def _spelt(field: FieldShape | None) -> str:
-    return "no further field" if field is None else f"{field.size} ids of field {field.name!r}"
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
@@ -543,46 +495,3 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
 
 def _named(items: Sequence[str]) -> str:
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
-
-
-def _save(weights: Mapping[str, Tensor], file: Path) -> None:
-    save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
-
-
-def _fill(own: Mapping[str, Tensor], file: Path) -> None:
-    """Copy a file's weights into a model's own. Raises UserError where the file is damaged or does not fit."""
-    try:
-        weights = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); save the model again") from error
-    for name in sorted(set(weights) | set(own)):
-        have = tuple(weights[name].shape) if name in weights else "absent"
-        need = tuple(own[name].shape) if name in own else "absent"
-        if have != need:
-            raise UserError(f"{file}: {name} is {have}, this encoder and language model need {need}")
-    for name, value in weights.items():
-        own[name].copy_(value)
-
-
-def _where(lm: ResolvedLM) -> str:
-    """The LM's name; of a local folder its full path, so that the model can be loaded from anywhere."""
-    return str(lm.folder.resolve()) if Path(lm.name).expanduser() == lm.folder else lm.name
-
-
-def _fusion(raw: dict[str, Any]) -> FusionConfig:
-    perceiver = raw["perceiver"]
-    parts = {
-        "cross_attention": CrossAttentionConfig(**raw["cross_attention"]),
-        "soft_prompt": SoftPromptConfig(**raw["soft_prompt"]),
-        "perceiver": None if perceiver is None else PerceiverConfig(**perceiver),
-        "catalogue": None if raw["catalogue"] is None else CatalogueConfig(**raw["catalogue"]),
-        "text": HistoryTextConfig(**raw["text"]),
-    }
-    return FusionConfig(**(raw | parts))
-
-
-def _version() -> str:
-    try:
-        return metadata.version("userllm")
-    except metadata.PackageNotFoundError:
-        return "from a source folder"

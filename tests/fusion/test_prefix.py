@@ -211,7 +211,7 @@ def test_gradient_checkpointing_is_refused_where_it_would_drop_what_was_read(mak
         model = make_user_llm("full", attend=attend).train()
         model.lm.gradient_checkpointing_enable({"use_reentrant": False})
         if refused:
-            with pytest.raises(UserError, match='gradient checkpointing drops .* use "text"'):
+            with pytest.raises(UserError, match=r'gradient checkpointing drops .* use "text"'):
                 model.answer_losses("next_item", torch.tensor([3]), model.context(users))
         else:
             model.answer_losses("next_item", torch.tensor([3]), model.context(users))[0].sum().backward()

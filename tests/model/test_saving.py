@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from userllm import model as model_module
+from userllm import saved_model
 from userllm.errors import UserError
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
@@ -151,7 +151,7 @@ def test_saving_replaces_a_model_and_nothing_else(make_user_llm, dataset, tmp_pa
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(model_module, "save_file", full_disk)
+    monkeypatch.setattr(saved_model, "save_file", full_disk)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(OSError, match="No space"):
             first.save_pretrained(target)

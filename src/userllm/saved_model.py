@@ -1,0 +1,131 @@
+"""The files of a saved model: what is written, what is read back, and what is refused because it does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from userllm.data.vocabulary import Vocabulary
+from userllm.encoders import AutoregressiveConfig, FieldShape, UserEncoder, config_of, encoder_config_class
+from userllm.errors import UserError
+from userllm.fusion.catalogue import CatalogueConfig
+from userllm.fusion.config import FusionConfig
+from userllm.fusion.cross_attention import CrossAttentionConfig
+from userllm.fusion.history_text import HistoryTextConfig
+from userllm.fusion.perceiver import PerceiverConfig
+from userllm.fusion.soft_prompt import SoftPromptConfig
+from userllm.language_models.pretrained import ResolvedLM
+
+
+def field_shapes(vocabulary: Vocabulary) -> list[FieldShape]:
+    """What an encoder must know of a vocabulary's fields."""
+    return [FieldShape(f.name, f.kind == "multi", f.size) for f in vocabulary]
+
+
+def described_encoder(encoder: UserEncoder) -> dict[str, Any]:
+    """What config.json says of an encoder: its configuration, or that it is somebody's own."""
+    config = config_of(encoder)
+    own = {"kind": "own", "class": type(encoder).__name__, "width": encoder.width}
+    return own if config is None else asdict(config)
+
+
+def saved_encoder(file: Path, saved: dict[str, Any], given: UserEncoder | None) -> UserEncoder:
+    """The encoder that config.json (``file``) speaks of; ``given`` if somebody brings it."""
+    described = {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
+    if given is not None:
+        if given.width != described["width"]:
+            raise UserError(
+                f"{file}: the fusion was trained with user embeddings of width {described['width']}, those of the "
+                f"{type(given).__name__} given are {given.width} wide; give the encoder it was trained with"
+            )
+        return given
+    if described["kind"] == "own":
+        raise UserError(
+            f"{file}: trained with an encoder of somebody's own, {described['class']}; build it as it was built then "
+            "and load with UserLLM.from_pretrained(folder, encoder=...)"
+        )
+    return encoder_config_class(described["kind"])(**described).build(
+        [FieldShape(**f) for f in saved["fields"]]
+    )
+
+
+def saved_vocabulary(folder: Path, saved: dict[str, Any]) -> Vocabulary:
+    """vocabulary.json, if it is the one the encoder was trained with."""
+    file = folder / "vocabulary.json"
+    vocabulary = Vocabulary.load(file)
+    for have, need in zip_longest(field_shapes(vocabulary), [FieldShape(**f) for f in saved["fields"]]):
+        if have != need:
+            raise UserError(f"{file}: has {_spelt(have)}, the encoder was trained with {_spelt(need)}")
+    if "vocabulary" in saved and file_sha256(file) != saved["vocabulary"]:
+        raise UserError(
+            f"{file}: not the vocabulary the encoder was trained with: its ids stand for other values"
+        )
+    return vocabulary
+
+
+def _spelt(field: FieldShape | None) -> str:
+    return "no further field" if field is None else f"{field.size} ids of field {field.name!r}"
+
+
+def file_sha256(file: Path) -> str:
+    """Of a whole file, in hex."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """As one safetensors file."""
+    save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
+
+
+def fill_weights(own: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a file's weights into a model's own. Raises UserError where the file is damaged or does not fit."""
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); save the model again") from error
+    for name in sorted(set(weights) | set(own)):
+        have = tuple(weights[name].shape) if name in weights else "absent"
+        need = tuple(own[name].shape) if name in own else "absent"
+        if have != need:
+            raise UserError(f"{file}: {name} is {have}, this encoder and language model need {need}")
+    for name, value in weights.items():
+        own[name].copy_(value)
+
+
+def where_from(lm: ResolvedLM) -> str:
+    """The LM's name; of a local folder its full path, so that the model can be loaded from anywhere."""
+    return str(lm.folder.resolve()) if Path(lm.name).expanduser() == lm.folder else lm.name
+
+
+def saved_fusion(raw: dict[str, Any]) -> FusionConfig:
+    """The fusion config.json speaks of; a setting that was not there when it was written has its default."""
+    groups = {
+        "cross_attention": CrossAttentionConfig,
+        "soft_prompt": SoftPromptConfig,
+        "perceiver": PerceiverConfig,
+        "catalogue": CatalogueConfig,
+        "text": HistoryTextConfig,
+    }
+    return FusionConfig(
+        **{
+            name: groups[name](**value) if name in groups and value is not None else value
+            for name, value in raw.items()
+        }
+    )
+
+
+def package_version() -> str:
+    """Of userllm."""
+    try:
+        return metadata.version("userllm")
+    except metadata.PackageNotFoundError:
+        return "from a source folder"
