@@ -108,19 +108,18 @@ def where_from(lm: ResolvedLM) -> str:
 
 def saved_fusion(raw: dict[str, Any]) -> FusionConfig:
     """The fusion config.json speaks of; a setting that was not there when it was written has its default."""
-    groups = {
+    groups: dict[str, Any] = {
         "cross_attention": CrossAttentionConfig,
         "soft_prompt": SoftPromptConfig,
         "perceiver": PerceiverConfig,
         "catalogue": CatalogueConfig,
         "text": HistoryTextConfig,
     }
-    return FusionConfig(
-        **{
-            name: groups[name](**value) if name in groups and value is not None else value
-            for name, value in raw.items()
-        }
-    )
+    settings = {
+        name: groups[name](**value) if name in groups and value is not None else value
+        for name, value in raw.items()
+    }
+    return FusionConfig(**settings)
 
 
 def package_version() -> str:
