@@ -115,7 +115,7 @@ def saved_fusion(raw: dict[str, Any]) -> FusionConfig:
         "catalogue": CatalogueConfig,
         "text": HistoryTextConfig,
     }
-    settings = {
+    settings: dict[str, Any] = {
         name: groups[name](**value) if name in groups and value is not None else value
         for name, value in raw.items()
     }
