@@ -30,9 +30,9 @@ def naive_loss(model: UserLLM, examples: Examples, embeddings: torch.nn.Module) 
     histories = examples.histories.select(examples.rows)
     users = model.context(histories, torch.arange(len(examples.rows)), examples.ends)
     closed = model.answers["next_item"]
-    paths = closed.tree.paths[examples.answers][:, 1:]
-    titles = torch.where(paths >= 0, closed.tree.token[paths.clamp_min(0)], -100)
-    prompt = closed.prompt_ids.expand(len(paths), -1)
+    titles = closed.tree.answer_tokens()[examples.answers]
+    titles = titles.masked_fill(titles < 0, -100)
+    prompt = closed.prompt_ids.expand(len(titles), -1)
     labels = torch.cat([torch.full_like(prompt, -100), titles], dim=1)[:, :PADDED]
     ids = torch.cat([prompt, titles.clamp_min(0)], dim=1)[:, :PADDED]
     missing = PADDED - ids.shape[1]

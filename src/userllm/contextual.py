@@ -180,8 +180,7 @@ class ContextualLM(nn.Module):
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
         if not self.encoder.ranks_items:
             raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
-        nodes = trees[0].paths[:, 1 : self.config.catalogue.tokens + 1]
-        tokens = torch.where(nodes >= 0, trees[0].token[nodes.clamp_min(0)], -1)
+        tokens = trees[0].answer_tokens()[:, : self.config.catalogue.tokens]
         return CatalogueBlock(self.config.catalogue, tokens, self._output_table)
 
     @property

@@ -157,6 +157,11 @@ class PrefixTree:
         within = torch.arange(len(rows), device=nodes.device) - first[rows]
         return rows, self.child_start[nodes[rows]] + within
 
+    def answer_tokens(self) -> Tensor:
+        """Token ids of each answer's text, [N, longest], -1 behind its end."""
+        nodes = self.paths[:, 1:]
+        return torch.where(nodes >= 0, self.token[nodes.clamp_min(0)], -1)
+
     def is_single(self, nodes: Tensor) -> Tensor:
         """Whether exactly one answer lies below each node."""
         return self.high[nodes] - self.low[nodes] == 1

@@ -2,8 +2,7 @@
 
 The text (general_english.txt, about 1,600 words, written for this package) has nothing to do with users or films. Three
 readings of it: by the base LM as it was, by the contextualised LM without a user, and with a user attached. With a
-frozen LM the first two are the same numbers, bit for bit. Ours: the papers measure
-nothing of the kind.
+frozen LM the first two are the same numbers, bit for bit. Ours: the papers measure nothing of the kind.
 """
 
 from __future__ import annotations

@@ -95,12 +95,11 @@ class Alignment(nn.Module):
 
 def title_embeddings(model: UserLLM, task: str, output: bool) -> Tensor:
     """Mean embedding [N, D] of each answer's tokens in the LM's output (or input) table."""
-    tree = model.answers[task].tree
     layer = model.lm.get_output_embeddings() if output else model.lm.get_input_embeddings()
     table: Tensor = layer.weight  # type: ignore[union-attr, assignment]
-    nodes = tree.paths[:, 1:]
-    real = (nodes >= 0)[..., None]
-    rows = table.detach()[tree.token[nodes.clamp_min(0)]].float() * real
+    tokens = model.answers[task].tree.answer_tokens()
+    real = (tokens >= 0)[..., None]
+    rows = table.detach()[tokens.clamp_min(0)].float() * real
     return torch.sum(rows, 1) / torch.sum(real, 1).clamp_min(1)
 
 
