@@ -8,14 +8,16 @@ from userllm.tasks.base import (
     Task,
     TaskConfig,
     TextExample,
-    build_task,
 )
+from userllm.tasks.build import build_task
+from userllm.tasks.review import Review
 
 __all__ = [
     "ClosedTask",
     "FavoriteCategory",
     "NextItem",
     "OpenTask",
+    "Review",
     "Task",
     "TaskConfig",
     "TextExample",
