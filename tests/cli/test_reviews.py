@@ -75,6 +75,10 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
         assert entry[system]["rougeLsum"]["value"] == pytest.approx(sum(scores) / 7)
         assert {"rouge1", "rouge2", "words", "rating_agreement"} <= set(entry[system])
         assert set(entry["whole"][system]) == {"distinct_1", "distinct_2"}
+    for one in written:
+        user = int(one["user"][1:])
+        assert one["own_last"] == row(user, 5)["review_text"] != one["other_last"]
+        assert one["other_last"] in [row(other, 5)["review_text"] for other in range(12) if other != user]
     assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {"log_likelihood", "nats_per_token"}
     assert entry["decoding"]["greedy"] == {
         "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0

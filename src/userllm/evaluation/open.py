@@ -2,7 +2,8 @@
 
 Every system gets the same prompts. "no_user" is the base LM with the prompt alone: it has not been trained on such
 texts, so beating it says little about users. "user_llm_shuffled" is the trained model with somebody else's history: it
-knows the kind of text as well as User-LLM does, and what it lacks is the user.
+knows the kind of text as well as User-LLM does, and what it lacks is the user. Where a task knows a text of the user's
+that could simply be copied ("own_last"), so does the evaluation; "other_last" copies somebody else's.
 
 What is measured of the texts is a list of functions, ``(targets, texts) -> by name`` one number per text, or one number
 of all texts together.
@@ -90,6 +91,9 @@ class OpenEvaluator:
         self.progress(f"{name}: texts for {len(places)} of {self.users.available} users")
         for system, histories in zip(SYSTEMS, (texts.rows, other, None), strict=True):
             self._answer(task.config.target_tokens, texts, system, histories)
+        for system, histories in (("own_last", texts.rows), ("other_last", other)):
+            if (copies := task.copied(self.dataset, histories[:, 0], histories[:, 2])) is not None:
+                texts.written[system, "greedy"] = copies
         return texts
 
     @torch.no_grad()
