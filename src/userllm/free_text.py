@@ -155,7 +155,9 @@ def _targets(model: ContextualLM, targets: Sequence[str], most: int | None) -> t
     """Token ids [E, T] of the targets, padded on the right, and which are real [E, T]."""
     end = _end_of_text(model)
     encoded = [
-        torch.tensor([*model.tokenizer(" " + text, add_special_tokens=False)["input_ids"], end][:most])
+        torch.tensor(
+            [*model.tokenizer(" " + text, add_special_tokens=False, verbose=False)["input_ids"], end][:most]
+        )
         for text in targets
     ]
     ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=-1).to(model.lm.device)
