@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
     """Add this command."""
     parser = add_command(commands, "experiments", "redo the papers' comparisons, cell by cell")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = add_command(actions, "list", "list the experiments and which of their cells are done", SCALES_NOTE)
+    listing = add_command(
+        actions, "list", "list the experiments and which of their cells are done", SCALES_NOTE
+    )
     listing.set_defaults(command=show)
     running = add_command(actions, "run", "do the missing cells of some experiments", RUN_NOTE)
     running.add_argument("names", nargs="+", metavar="NAME", help="experiments")
@@ -41,8 +43,12 @@ def add_parser(commands: Any) -> None:
     reporting.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
     reporting.set_defaults(command=report)
     for action in (listing, running, reporting):
-        action.add_argument("--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="how large (default: cpu)")
-        action.add_argument("--out", type=Path, default=Path("experiments"), metavar="DIR", help="where cells are kept")
+        action.add_argument(
+            "--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="how large (default: cpu)"
+        )
+        action.add_argument(
+            "--out", type=Path, default=Path("experiments"), metavar="DIR", help="where cells are kept"
+        )
         action.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="settings of every cell")
 
 
@@ -60,13 +66,16 @@ def show(arguments: argparse.Namespace) -> None:
         seeds = experiment.scale(arguments.scale).seeds
         done = {
             cell: sum(
-                store.find(settings_hash(experiment.settings(cell, arguments.scale, seed, arguments.set))) is not None
+                store.find(settings_hash(experiment.settings(cell, arguments.scale, seed, arguments.set)))
+                is not None
                 for seed in seeds
             )
             for cell in experiment.cells
         }
         whole = len(experiment.cells) * len(seeds)
-        print(f"{name}: {experiment.title} ({sum(done.values())} of {whole} cells done at scale {arguments.scale})")
+        print(
+            f"{name}: {experiment.title} ({sum(done.values())} of {whole} cells done at scale {arguments.scale})"
+        )
         for cell, count in done.items():
             print(f"  {count}/{len(seeds)} {cell:<18} {experiment.cell(cell).label}")
 

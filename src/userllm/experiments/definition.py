@@ -135,7 +135,9 @@ def load_experiment(name: str) -> Experiment:
     """An experiment by name, or from a YAML file of one's own. Raises UserError for an unknown or malformed one."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
     if file.stem == "paper" or not file.is_file():
-        raise UserError(f"no experiment {name!r}; there are {', '.join(experiment_names())}, or give a YAML file")
+        raise UserError(
+            f"no experiment {name!r}; there are {', '.join(experiment_names())}, or give a YAML file"
+        )
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
         return _experiment(file.stem, told)

@@ -1,6 +1,6 @@
 """Does an experiment's missing cells, one after the other, each in a process of its own.
 
-A cell is an ordinary run: its configuration is written to OUT/work/<cell>.yaml and given to ``userllm evaluate``. A cell
+A cell is an ordinary run: its configuration is written to OUT/work/<cell>.yaml and given to ``userllm evaluate``. One
 that crashes costs the others nothing, and its memory is given back. Cells with equal data, split, encoder, pretraining
 and seed share one stage 1, done once in OUT/work/runs/stage1-<hash> and copied into each run folder.
 """
@@ -67,7 +67,10 @@ class Runner:
                 self.say(f"{where}: done before, skipped")
                 continue
             self.say(where)
-            if self._cell(name, settings, {"experiment": experiment.name, "cell": cell, "scale": scale}) is None:
+            if (
+                self._cell(name, settings, {"experiment": experiment.name, "cell": cell, "scale": scale})
+                is None
+            ):
                 self.say(f"{where}: failed; the other cells go on")
                 failed.append(name)
         return failed
@@ -125,5 +128,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); remove its folder and run the cell again") from error
+        raise UserError(
+            f"{file}: cannot be read ({error}); remove its folder and run the cell again"
+        ) from error
     return told

@@ -22,8 +22,8 @@ from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
-from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.alignment import AlignmentConfig, align
+from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.strategy import StrategyConfig
 from userllm.training.trainer import OptimizationConfig, StageTrainer, training_arguments
