@@ -41,7 +41,7 @@ from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import UserLLM, encoder_for
+from userllm.model import Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import build_task
@@ -166,7 +166,8 @@ class Run:
                     self.config.seed, say,
                 )  # fmt: skip
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
-                examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
+                nobody = {name: model.recommend_without_user(5, task=name) for name in model.tasks}
+                examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
                 evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
                 metrics = self._metrics(model, tasks, evaluator)
@@ -225,7 +226,9 @@ class Run:
         apply_strategy(model, strategy.name, adapter)
         return model
 
-    def _example(self, model: UserLLM, evaluator: ClosedEvaluator, row: np.ndarray) -> dict[str, Any]:
+    def _example(
+        self, model: UserLLM, nobody: dict[str, list[Recommendation]], row: np.ndarray
+    ) -> dict[str, Any]:
         user, start, stop = (int(x) for x in row)
         history: UserHistory = self.dataset.history(user, start, stop)
         target = self.dataset.history(user, stop, stop + 1).events[0]
@@ -241,7 +244,7 @@ class Run:
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
                 "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],
-                "without_user": [_answer(r) for r in model.recommend_without_user(5, task=name)],
+                "without_user": [_answer(r) for r in nobody[name]],
             }
         return {
             "user": self.dataset.user_ids[user],
@@ -425,7 +428,7 @@ def _lm_parameters(model: UserLLM) -> int:
         return sum(p.numel() for n, p in model.lm.named_parameters() if "lora_" not in n)
 
 
-def _answer(recommendation: Any) -> dict[str, Any]:
+def _answer(recommendation: Recommendation) -> dict[str, Any]:
     return {"text": recommendation.title, "log_likelihood": recommendation.log_likelihood}
 
 
