@@ -28,6 +28,7 @@ from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.fetch import cache_folder
 from userllm.data.sources.movielens import prepare_movielens
+from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
@@ -87,7 +88,10 @@ class Run:
                     if data.path is not None or not (folder / "card.json").is_file():
                         folder = folder if data.path is None else self.folder / "dataset"
                         release = data.release if data.release != "movielens" else None
-                        prepare_movielens(data.path, folder, release)
+                        if release == RELEASE:
+                            prepare_synthetic(folder)
+                        else:
+                            prepare_movielens(data.path, folder, release)
                 Dataset.open(folder)
                 _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
         self.dataset = Dataset.open(self._dataset_folder())
@@ -164,6 +168,7 @@ class Run:
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
+                evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
                 metrics = self._metrics(model, tasks, evaluator)
                 metrics["knowledge"] = self._knowledge(model, evaluator)
                 _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -274,6 +279,7 @@ class Run:
 
     def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
         frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        trained = self.folder / "contextualize" / "training.json"  # older versions wrote none
         return {
             "commit": commit(),
             "date": time.strftime("%Y-%m-%d"),
@@ -288,7 +294,9 @@ class Run:
             },
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
+            "training": json.loads(trained.read_text()) if trained.exists() else None,
             "timings_s": {},
+            "cpu_s": {},
             "peak_rss_mb": peak_rss_mb(),
             "tasks": tasks,
             "notes": [
@@ -331,13 +339,18 @@ class Run:
             return
         if record.get("settings") != settings and name in ("pretrain", "contextualize"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        spent = record.get("seconds", 0.0) if record.get("settings") == settings else 0.0
-        records[name] = {"settings": settings, "done": False, "seconds": spent}
+        before = record if record.get("settings") == settings else {}
+        spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
+        records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
         _write(record_file, json.dumps(records, indent=1))
-        began = time.time()
+        began, cpu_began = time.time(), time.process_time()
         yield True
-        records[name] = {"settings": settings, "done": True, "seconds": round(spent + time.time() - began, 1)}
-        records[name]["peak_rss_mb"] = peak_rss_mb()
+        records[name] |= {
+            "done": True,
+            "seconds": round(spent + time.time() - began, 1),
+            "cpu_seconds": round(cpu + time.process_time() - cpu_began, 1),
+            "peak_rss_mb": peak_rss_mb(),
+        }
         _write(record_file, json.dumps(records, indent=1))
         say(f"{name}: {records[name]['seconds']:.0f} s")
 
@@ -346,6 +359,7 @@ class Run:
         file = self.folder / "metrics.json"
         metrics, records = json.loads(file.read_text()), json.loads((self.folder / "stages.json").read_text())
         metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
+        metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
         metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
         _write(file, json.dumps(metrics, indent=1))
 

@@ -41,7 +41,7 @@ class ExampleBatches(StepBatches):
     """Examples from the training part of a split.
 
     Users come in random order, every user once per pass; a user's examples are drawn from the events that the split
-    gives to training, all within one stretch the encoder can see at once.
+    gives to training, all within one stretch the encoder can see at once. steps: other than the config's.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class ExampleBatches(StepBatches):
         stored: StoredHistories,
         config: ExampleCounts,
         seed: int,
+        steps: int | None = None,
     ):
-        super().__init__(config.steps)
+        super().__init__(config.steps if steps is None else steps)
         self.model_tasks = model.tasks
         self.window = split.visible(model.window)
         self.longest = split.visible(model.encoder.max_length)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from userllm.training.budget import Budget
+
 __all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set_seed", "training_arguments"]
 
 COMPLETE = "complete"
@@ -69,7 +71,7 @@ class StageTrainer(Trainer):
     """A Trainer whose model returns a dict of losses and whose checkpoints hold trainable weights only.
 
     rates: factor on the learning rate by a part of the weight's name; the first match counts.
-    evaluator: called without arguments, returns metrics by name.
+    evaluator: called without arguments, returns metrics by name. budget: ends the training, and sets its rate, by time.
     """
 
     def __init__(
@@ -79,14 +81,18 @@ class StageTrainer(Trainer):
         batches: StepBatches,
         evaluator: Callable[[], dict[str, float]] | None = None,
         rates: Mapping[str, float] | None = None,
+        budget: Budget | None = None,
     ):
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
         self.batches = batches
         self.evaluator = evaluator
         self.rates = dict(rates or {})
+        self.budget = budget
         self._parts: dict[str, list[float]] = {}
         self._clock = time.process_time()
         self.add_callback(_MarkComplete())
+        if budget is not None:
+            self.add_callback(budget)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # its own generator: a loader draws a seed as it starts, and a resumed training starts one more
@@ -109,9 +115,10 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._parts:
             logs.update({name: sum(values) / len(values) for name, values in self._parts.items()})
             self._parts.clear()
+        # also after resuming: a share of the training
         self.state.epoch = (
-            self.state.global_step / self.batches.steps
-        )  # also after resuming: a share of the training
+            self.state.global_step / self.batches.steps if self.budget is None else self.budget.share
+        )
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -135,6 +142,16 @@ class StageTrainer(Trainer):
             )
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if (budget := self.budget) is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        chosen = optimizer or self.optimizer
+        assert isinstance(chosen, torch.optim.Optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda _: budget.rate())
+        return self.lr_scheduler
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         if self.evaluator is None:
             return {}
@@ -154,6 +171,8 @@ class StageTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_trainable(self.model, folder / "trainable.safetensors")  # type: ignore[arg-type]
+        if self.budget is not None:
+            self.budget.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(model or self.model, Path(resume_from_checkpoint) / "trainable.safetensors")  # type: ignore[arg-type]
@@ -163,6 +182,8 @@ class StageTrainer(Trainer):
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         if checkpoint is not None:
             self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            if self.budget is not None:
+                self.budget.resume(checkpoint)
             print(f"resuming from {checkpoint}")
         self._clock = time.process_time()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
