@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ __all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set
 
 COMPLETE = "complete"
 """Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
+
+TRAIN_CPU = "eval_train_cpu_s"
+"""CPU seconds of training, evaluations left out, up to an evaluation. What a killed process did after its last
+evaluation does not count."""
 
 
 class StepBatches(ABC, Dataset[Any]):
@@ -84,6 +89,7 @@ class StageTrainer(Trainer):
         self.rates = dict(rates or {})
         self.budget = budget
         self._parts: dict[str, list[float]] = {}
+        self._clock = time.process_time()
         self.add_callback(_MarkComplete())
         if budget is not None:
             self.add_callback(budget)
@@ -150,9 +156,13 @@ class StageTrainer(Trainer):
         if self.evaluator is None:
             return {}
         assert self.model is not None
+        earlier = [entry[TRAIN_CPU] for entry in self.state.log_history if TRAIN_CPU in entry]
+        spent = max(earlier, default=0.0) + time.process_time() - self._clock
         self.model.eval()
         metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        metrics[TRAIN_CPU] = spent
         self.model.train()
+        self._clock = time.process_time()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -175,6 +185,7 @@ class StageTrainer(Trainer):
             if self.budget is not None:
                 self.budget.resume(checkpoint)
             print(f"resuming from {checkpoint}")
+        self._clock = time.process_time()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.state.log_history  # type: ignore[return-value]
 
