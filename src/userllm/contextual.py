@@ -31,6 +31,7 @@ from userllm.fusion.attach import Attachment, UserContext, find_layers
 from userllm.fusion.catalogue import CatalogueBlock, LikelyItems
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
+from userllm.fusion.history_summary import HistorySummary, Summarize
 from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
@@ -62,6 +63,7 @@ class ContextualLM(nn.Module):
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
     ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
+    summarize: histories as text to summaries; needed for ``fusion.text.summary`` only.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ContextualLM(nn.Module):
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         event_texts: Mapping[str, Sequence[str]] | None = None,
+        summarize: Summarize | None = None,
     ):
         super().__init__()
         fusion.check()
@@ -109,9 +112,11 @@ class ContextualLM(nn.Module):
             self.soft_prompt = SoftPrompt(
                 fusion.soft_prompt, fusion.projection, encoder.width, text_config.hidden_size, size
             )
-        self.history_text = (
-            HistoryText(fusion.text, event_texts or {}, tokenizer) if fusion.text.events > 0 else None
-        )
+        self.history_text: HistoryText | HistorySummary | None = None
+        if fusion.text.summary is not None:
+            self.history_text = HistorySummary(fusion.text, event_texts or {}, tokenizer, summarize)
+        elif fusion.text.events > 0:
+            self.history_text = HistoryText(fusion.text, event_texts or {}, tokenizer)
         self.head = LogitHead(
             lm.get_output_embeddings(),  # type: ignore[arg-type]
             getattr(text_config, "final_logit_softcapping", None),

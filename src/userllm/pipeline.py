@@ -166,7 +166,9 @@ class Run:
                     self.config.seed, say,
                 )  # fmt: skip
                 tasks = {name: evaluator.evaluate(name) for name in model.tasks}
-                nobody = {name: model.recommend_without_user(5, task=name) for name in model.tasks}
+                nobody = {
+                    name: _best(model.tasks[name].answers, evaluator.without_user[name]) for name in tasks
+                }
                 examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
                 evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
@@ -227,7 +229,7 @@ class Run:
         return model
 
     def _example(
-        self, model: UserLLM, nobody: dict[str, list[Recommendation]], row: np.ndarray
+        self, model: UserLLM, nobody: dict[str, list[dict[str, Any]]], row: np.ndarray
     ) -> dict[str, Any]:
         user, start, stop = (int(x) for x in row)
         history: UserHistory = self.dataset.history(user, start, stop)
@@ -244,7 +246,7 @@ class Run:
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
                 "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],
-                "without_user": [_answer(r) for r in nobody[name]],
+                "without_user": nobody[name],
             }
         return {
             "user": self.dataset.user_ids[user],
@@ -295,6 +297,7 @@ class Run:
                 "parameters": _lm_parameters(model),
                 "frozen": frozen,
             },
+            "summaries": None if model.summarizer is None else model.summarizer.described(),
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
             "training": json.loads(trained.read_text()) if trained.exists() else None,
@@ -430,6 +433,13 @@ def _lm_parameters(model: UserLLM) -> int:
 
 def _answer(recommendation: Recommendation) -> dict[str, Any]:
     return {"text": recommendation.title, "log_likelihood": recommendation.log_likelihood}
+
+
+def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
+    """The five best answers by scores [N]."""
+    values, best = scores.topk(min(5, len(answers)))
+    pairs = zip(values.tolist(), best.tolist(), strict=True)
+    return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
 
 
 def _write(file: Path, text: str) -> None:

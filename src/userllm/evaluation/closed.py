@@ -106,6 +106,8 @@ class ClosedEvaluator:
         self.other[cycle] = np.roll(cycle, 1)
         self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
         """By task evaluated so far: the users' numbers [n], and what each system said about them."""
+        self.without_user: dict[str, Tensor] = {}
+        """By task evaluated so far: log-likelihoods of all answers [N] when the model knows nobody."""
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
@@ -121,7 +123,7 @@ class ClosedEvaluator:
             self.progress(f"{name}: with another user's history")
             systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
         self.progress(f"{name}: without a user, and baselines")
-        base = self.model.all_log_likelihoods(name, None).cpu()
+        base = self.without_user[name] = self.model.all_log_likelihoods(name, None).cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             if self.encoder.ranks_items:

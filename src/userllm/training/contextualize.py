@@ -44,6 +44,9 @@ class ContextualizeConfig:
     """Users in a batch."""
     examples_per_history: int = 4
     """Examples drawn from one pass over a user's history (ours; 1 with the papers' windows)."""
+    every: int = 1
+    """Points in time at which examples are drawn: so many events of a history apart, counted from its start; the first
+    event that can be a target is one, too. 1: all (ours; with summaries each point needs one of its own)."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=3e-3))
     """Optimiser and schedule."""
     encoder_rate: float = 0.1
@@ -122,7 +125,7 @@ def contextualize(
     trainer = StageTrainer(
         losses,
         arguments,
-        ExampleBatches(model, dataset, split, stored, config, seed, steps),
+        ExampleBatches(model, dataset, split, stored, config, seed, steps, config.every),
         evaluator,
         rates={
             ".block.gate": config.gate_rate,
