@@ -157,7 +157,7 @@ def test_drawn_texts_depend_on_their_number_alone(make_user_llm, users):
 
 
 def test_what_is_said_of_titles_stays_out_of_free_text(make_user_llm, users, dataset):
-    with_it, without = (make_user_llm(catalogue=c) for c in (CatalogueConfig(items=6, tokens=2), None))
+    with_it, without = (make_user_llm(catalogue=c) for c in (CatalogueConfig(least=0.01, tokens=2), None))
     without.load_state_dict(with_it.state_dict(), strict=False)
     with_it.attachment.after.gate.data.fill_(0.9)
     with_it.attachment.after.threshold.data.fill_(4.0)

@@ -40,6 +40,11 @@ class EvaluationConfig:
     """Part of the split."""
     users: int | None = None
     """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
+    among: int | None = None
+    """Draw ``users`` from a sample of this size, itself drawn by the seed: runs that differ in ``users`` alone then
+    answer for some of the same users and can be compared pair by pair; null: from all."""
+    other_user: bool = True
+    """Whether the model is also asked with somebody else's history. It doubles the time."""
     list_length: int = 20
     """Answers the language model gives per user."""
     beams: int = 20
@@ -73,9 +78,10 @@ class EvaluatedUsers:
         """Raises UserError where there are not two users."""
         rows = split.examples(config.part, max_length=max_length)
         available = len(rows)
-        if config.users is not None and config.users < len(rows):
-            rng = np.random.default_rng([seed, 11])
-            rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
+        for size in (config.among, config.users):
+            if size is not None and size < len(rows):
+                rng = np.random.default_rng([seed, 11])
+                rows = rows[np.sort(rng.choice(len(rows), size, replace=False))]
         if len(rows) < 2:
             raise UserError(
                 f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
