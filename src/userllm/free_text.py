@@ -4,8 +4,8 @@
 
 Prompts differ from example to example. What is padded before the target stands on the left of everything, as in
 ``fusion.prefix``; behind the target no position sees it. Which part attends to user tokens is what ``fusion.attend``
-says: all of it, or the prompt's last token and what follows. ``fusion.catalogue`` has nothing to say here: it speaks only
-where an item is being named.
+says: all of it, or the prompt's last token and what follows. ``fusion.catalogue`` has nothing to say here: it speaks
+only where an item is being named.
 """
 
 from __future__ import annotations

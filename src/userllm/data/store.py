@@ -153,13 +153,15 @@ class Dataset:
         first = int(self.offsets[user])
         end = int(self.offsets[user + 1])
         rows = range(first, end)[start:stop]
+        texts = {name: self.event_texts(name, rows) for name in self._text_starts}
         events = [
             Event(
                 item=self.item_ids[self.events["item"][row]],
                 time=int(self.events["time"][row]),
-                fields={name: float(self.events[name][row]) for name in self.event_fields},
+                fields={name: float(self.events[name][row]) for name in self.event_fields}
+                | {name: column[place] for name, column in texts.items() if column[place]},
             )
-            for row in rows
+            for place, row in enumerate(rows)
         ]
         return UserHistory(events, self.user_ids[user])
 
