@@ -301,6 +301,7 @@ class Run:
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
             "training": json.loads(trained.read_text()) if trained.exists() else None,
+            "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
             "timings_s": {},
             "cpu_s": {},
             "peak_rss_mb": peak_rss_mb(),
