@@ -130,15 +130,20 @@ def test_an_unknown_cell(capsys):
     assert "no cell 'nothing'" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", experiment_names())
-def test_whole(name, tmp_path):
-    """Every cell of every experiment, each in its own process, as a user would run it."""
-    where = ["--scale", "smoke", "--out", str(tmp_path)]
+def test_whole(name, whole):
+    """Every cell of every experiment, each in its own process, as a user would run it; what two share is done once."""
+    where = ["--scale", "smoke", "--out", str(whole)]
     assert main(["experiments", "run", name, *where]) == 0
     assert main(["experiments", "report", name, *where]) == 0
-    text = (tmp_path / f"{name}-smoke.md").read_text(encoding="utf-8")
+    text = (whole / f"{name}-smoke.md").read_text(encoding="utf-8")
     assert "not run" not in text
-    for file in (tmp_path / "cells").glob("*.json"):
+    for file in (whole / "cells").glob("*.json"):
         assert json.loads(file.read_text())["metrics"]["dataset"]["name"] == "synthetic"

@@ -3,7 +3,7 @@
 Each experiment is a YAML file in this folder, or anyone's own:
 
     title, question        one line each
-    like: NAME             take base and scales from another experiment (optional)
+    like: NAME             take base, scales and notes from another experiment (optional)
     base: {...}            a run configuration
     scales: {cpu: {settings: [a.b=c, ...], seeds: [0]}, ...}
     reference: CELL        the cell that the others are compared with
@@ -166,7 +166,7 @@ def _experiment(name: str, told: dict[str, Any]) -> Experiment:
         reference=told["reference"],
         cells=cells,
         claims=tuple(_claim(one) for one in told.get("claims", [])),
-        notes=tuple(told.get("notes", [])),
+        notes=(*told.get("notes", []), *(() if like is None else like.notes)),
     )
     for side in [Side(experiment.reference), *(s for c in experiment.claims for s in (c.a, c.b))]:
         experiment.cell(side.cell)
