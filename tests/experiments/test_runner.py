@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from userllm.cli import main
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore
 from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
+from userllm.experiments.figures import length_figure
 from userllm.experiments.report import write_experiment_report
 from userllm.experiments.runner import Runner
 
@@ -111,6 +113,24 @@ def test_the_report(done):
     assert row.rstrip(" |").endswith("confirmed") or "the other way round" in row
     assert "not run" in text
     assert "<script" not in page.read_text(encoding="utf-8")
+
+
+def test_score_against_length(done):
+    """A line through the cells of a series, at the events and tokens that their language models get."""
+    out, _ = done
+    cells = {
+        name: [CellStore(out).find(settings_hash(FAMILY.settings(name, "smoke", 0, QUICK)))]
+        for name in ("reference", "proj")
+    }
+    assert length_figure(FAMILY, cells, "next_item", "recall@10") is None
+    drawn = replace(FAMILY, curves={"one": ("reference", "proj"), "none": ("tp50",)})
+    figure = length_figure(drawn, cells, "next_item", "recall@10")
+    [line] = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [20, 20]
+    value = cells["proj"][0].metrics["tasks"]["next_item"]["user_llm"]["recall@10"]["value"]
+    assert line.get_ydata()[1] == pytest.approx(value)
+    page = write_experiment_report(drawn, "smoke", out, extra=QUICK)
+    assert "figures/family-smoke-lengths.png" in page.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_a_report_of_nothing(tmp_path):
