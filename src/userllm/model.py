@@ -488,8 +488,8 @@ class UserLLM(ContextualLM):
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
-        if self.attachment.after is not None:
-            weights |= {f"after.{name}": value for name, value in self.attachment.after.state_dict().items()}
+        if self.catalogue is not None:
+            weights |= {f"catalogue.{name}": value for name, value in self.catalogue.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights

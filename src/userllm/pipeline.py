@@ -331,6 +331,7 @@ class Run:
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
             "training": json.loads(trained.read_text()) if trained.exists() else None,
+            "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
             "timings_s": {},
             "cpu_s": {},
             "peak_rss_mb": peak_rss_mb(),
@@ -379,9 +380,9 @@ class Run:
         """
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        settings = hashlib.sha256(
-            json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()
-        ).hexdigest()
+        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
+        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
+        settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             say(f"{name}: done before, skipped")
@@ -484,6 +485,12 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
     values, best = scores.topk(min(5, len(answers)))
     pairs = zip(values.tolist(), best.tolist(), strict=True)
     return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _without_nulls(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
 
 
 def _write(file: Path, text: str) -> None:

@@ -57,7 +57,8 @@ class ContextualizeConfig:
     alignment: AlignmentConfig | None = None
     """First step: bring user embeddings into the LM's space (ours); none by default, as in the papers."""
     gate_rate: float = 10.0
-    """Factor on the learning rate of the gates (ours: a single scalar at 0 holds everything behind it back)."""
+    """Factor on the learning rate of the gates and of the catalogue's weights (ours: a single scalar at 0 holds
+    everything behind it back)."""
 
 
 class ContextualizedLosses(nn.Module):
@@ -142,9 +143,7 @@ def contextualize(
         evaluator,
         rates={
             ".block.gate": config.gate_rate,
-            ".after.gate": config.gate_rate,
-            ".after.maps": 0.1,
-            ".after.": 1.0,
+            "model.catalogue.": config.gate_rate,
             ".block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,
