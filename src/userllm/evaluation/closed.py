@@ -108,6 +108,8 @@ class ClosedEvaluator:
         rank: of the true answer in the system's list, 0 where it is not among the first ``list_length``.
         """
         ids = np.array(self.dataset.user_ids)
+        types = {"task": pl.String, "user": pl.String, "system": pl.String, "rank": pl.Int32}
+        nobody = pl.DataFrame(schema=types | {"log_likelihood": pl.Float64})
         parts = [
             pl.DataFrame(
                 {
@@ -123,7 +125,7 @@ class ClosedEvaluator:
             for task, (users, systems) in self.answered.items()
             for system, said in systems.items()
         ]
-        return pl.concat(parts)
+        return pl.concat([nobody, *parts])
 
     def _within(self, said: Answered) -> np.ndarray:
         return np.where(said.ranks <= self.config.list_length, said.ranks, 0)
