@@ -570,7 +570,7 @@ class ContextualLM(nn.Module):
             ids, tokens = closed.prompt_ids[None], closed.tree.vocabulary
         else:
             ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.lm.device)
-            tokens = torch.arange(len(self._output_table), device=self.lm.device)
+            tokens = torch.arange(len(self.head.output.weight), device=self.lm.device)
         with torch.no_grad(), self.without_user():
             whole = self.lm(input_ids=ids).logits[0, -1].float()
             mine = self.head(self._hidden(ids)[0, -1], tokens).float()
