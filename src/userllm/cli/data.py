@@ -77,13 +77,14 @@ def prepare(arguments: argparse.Namespace) -> None:
 
         print(describe_card(prepare_table(table_config(arguments), out, name=out.name)))
         return
+    from userllm.data.build import bytes_of
     from userllm.data.sources.movielens import prepare_movielens
 
     if len(arguments.path or ()) > 1:
         raise UserError(f"--path: {arguments.name} is one folder or zip, {len(arguments.path)} were given")
     path = arguments.path[0] if arguments.path else None
     release = None if arguments.name == "movielens" else arguments.name
-    print(describe_card(prepare_movielens(path, out, release)))
+    print(describe_card(prepare_movielens(path, out, release, bytes_of(arguments.memory or "2GiB"))))
 
 
 def append(arguments: argparse.Namespace) -> None:

@@ -152,6 +152,14 @@ def fingerprint(
     return digest.hexdigest()
 
 
+def distinct(column: np.ndarray) -> np.ndarray:
+    """The values of a column in order, each once."""
+    found = np.empty(0, dtype=column.dtype)
+    for start in range(0, len(column), BLOCK):
+        found = np.union1d(found, np.unique(column[start : start + BLOCK]))
+    return found
+
+
 def users_of(offsets: np.ndarray, start: int, stop: int) -> np.ndarray:
     """The users of the events ``start:stop``, int32."""
     first = int(np.searchsorted(offsets, start, side="right")) - 1

@@ -16,7 +16,7 @@ import polars as pl
 
 from userllm.data.build import DatasetBuilder, Numbering
 from userllm.data.card import DatasetCard, FieldSpec, RowCounts, Source
-from userllm.data.columns import Texts, column_file, read_column
+from userllm.data.columns import Texts, column_file, distinct, read_column
 from userllm.data.commit import check_writable
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
@@ -133,6 +133,11 @@ class Dataset:
     @cached_property
     def _texts(self) -> Texts:
         return Texts(self.files / "texts.bin")
+
+    def distinct_values(self, name: str) -> np.ndarray:
+        """The values of an event field in order, each once; known since the dataset was made."""
+        file = column_file(self.files / "values", name)
+        return np.load(file) if file.is_file() else distinct(self.events[name])
 
     def user_index(self, raw_id: str) -> int:
         """The number of the user with this raw id. Raises UserError where there is none."""
