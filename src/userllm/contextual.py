@@ -23,14 +23,15 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.exact import score_answers
-from userllm.decoding.prefix_tree import PrefixTree
+from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import Attachment, UserContext, find_layers
-from userllm.fusion.catalogue import CatalogueBlock
+from userllm.fusion.catalogue import CatalogueBlock, LikelyItems
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
+from userllm.fusion.history_summary import HistorySummary, Summarize
 from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
@@ -62,6 +63,7 @@ class ContextualLM(nn.Module):
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
     ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
+    summarize: histories as text to summaries; needed for ``fusion.text.summary`` only.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ContextualLM(nn.Module):
         fusion: FusionConfig,
         tasks: Mapping[str, ClosedTask],
         event_texts: Mapping[str, Sequence[str]] | None = None,
+        summarize: Summarize | None = None,
     ):
         super().__init__()
         fusion.check()
@@ -109,9 +112,11 @@ class ContextualLM(nn.Module):
             self.soft_prompt = SoftPrompt(
                 fusion.soft_prompt, fusion.projection, encoder.width, text_config.hidden_size, size
             )
-        self.history_text = (
-            HistoryText(fusion.text, event_texts or {}, tokenizer) if fusion.text.events > 0 else None
-        )
+        self.history_text: HistoryText | HistorySummary | None = None
+        if fusion.text.summary is not None:
+            self.history_text = HistorySummary(fusion.text, event_texts or {}, tokenizer, summarize)
+        elif fusion.text.events > 0:
+            self.history_text = HistoryText(fusion.text, event_texts or {}, tokenizer)
         self.head = LogitHead(
             lm.get_output_embeddings(),  # type: ignore[arg-type]
             getattr(text_config, "final_logit_softcapping", None),
@@ -162,26 +167,32 @@ class ContextualLM(nn.Module):
             everyone = torch.arange(len(rows), device=rows.device)
             tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
         users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
-        if (block := self.attachment.after) is not None:
+        if self.attachment.after is not None:
             at_least_one = ends.clamp_min(1)
             scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
             if scores is None:
                 scores = self.encoder.next_item_scores(histories, rows, at_least_one)
-            users.catalogue = block.vectors(
-                torch.log_softmax(scores.float(), -1), ends > 0, self._output_table
-            )
+            masses = NodeMasses(self._titles, torch.softmax(scores.float(), -1) * (ends > 0)[:, None])
+            users.likely = LikelyItems(masses, self._output_table)
         return users
 
     def _catalogue_block(self) -> CatalogueBlock | None:
         if self.config.catalogue is None:
             return None
-        trees = [self.answers[n].tree for n, task in self.tasks.items() if task.config.kind == "next_item"]
-        if not trees:
+        if not any(self.names_items(name) for name in self.tasks):
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
         if not self.encoder.ranks_items:
             raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
-        tokens = trees[0].answer_tokens()[:, : self.config.catalogue.tokens]
-        return CatalogueBlock(self.config.catalogue, tokens, self._output_table)
+        return CatalogueBlock(self.config.catalogue, self._titles.answer_tokens(), self._output_table)
+
+    def names_items(self, task: str) -> bool:
+        """Whether the task's answers are the catalogue's titles."""
+        return self.tasks[task].config.kind == "next_item"
+
+    @property
+    def _titles(self) -> PrefixTree:
+        """The tree of the titles: the same for every task that names items."""
+        return next(closed.tree for name, closed in self.answers.items() if self.names_items(name))
 
     @property
     def _output_table(self) -> Tensor:
@@ -263,6 +274,7 @@ class ContextualLM(nn.Module):
         closed = self.answers[task]
         nll = torch.zeros(len(answers), device=answers.device)
         taught = torch.zeros_like(nll)
+        taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
         group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
         for group in torch.unique(group_of):
             part = torch.nonzero(group_of == group)[:, 0]
@@ -270,8 +282,8 @@ class ContextualLM(nn.Module):
             texts, rows, children, log_p = self._choices(task, answers[part], mine)
             taken = closed.chosen(log_p, children, rows, texts.child)
             nll = nll.index_add(0, part[texts.row], -taken)
-            if teacher is not None:
-                mass = closed.child_masses(texts.node, rows, children, teacher[part][texts.row])
+            if taught_by is not None:
+                mass = taught_by.shares(part[texts.row], texts.node, rows, children).to(log_p.dtype)
                 taught = taught.index_add(0, part[texts.row[rows]], -mass * log_p)
         return nll, None if teacher is None else taught
 
@@ -343,7 +355,9 @@ class ContextualLM(nn.Module):
             ids, mask = self._after(prefix, ids)
             position = position + ids.shape[1] - texts.input_ids.shape[1]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(ids, states, cache, mask)
+            hidden = self._hidden(
+                ids, states, cache, mask, texts.nodes_at if self.names_items(task) else None
+            )
         picked = hidden[texts.row, position]
         rows, children, log_p = closed.choices(picked, texts.node, self.head)
         return texts, rows, children, log_p.float()
@@ -408,11 +422,13 @@ class ContextualLM(nn.Module):
         states: Tensor | None = None,
         cache: DynamicCache | None = None,
         mask: Tensor | None = None,
+        nodes: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [R, T, D] of token ids [R, T] or embeddings [R, T, D].
 
         mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
-        needs none: no position sees it.
+        needs none: no position sees it. nodes [R, any]: of the tree of the titles, for a text that names an item; they
+        end where the text ends.
         """
         if cache is not None and self.lm.training and self._checkpointed:
             raise UserError(
@@ -422,7 +438,10 @@ class ContextualLM(nn.Module):
         if mask is not None:
             left = {"attention_mask": mask.long(), "position_ids": position_ids(mask)[:, -text.shape[1] :]}
         given = {"input_ids" if text.ndim == 2 else "inputs_embeds": text}
-        with self.attachment.replaying(states):
+        if nodes is not None:
+            missing = text.shape[1] - nodes.shape[1]
+            nodes = nn.functional.pad(nodes, (missing, 0), value=-1)  # a negative padding cuts
+        with self.attachment.reading(states, nodes):
             output = self.lm.get_decoder()(
                 **given, **left, past_key_values=cache, use_cache=cache is not None, return_dict=True
             )

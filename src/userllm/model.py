@@ -28,6 +28,7 @@ from userllm.fusion.config import FusionConfig
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
+from userllm.language_models.summaries import Summarizer
 from userllm.model_card import write_description
 from userllm.saved_model import (
     described_encoder,
@@ -86,7 +87,9 @@ class UserLLM(ContextualLM):
         strategy: Strategy = "enc",
         adapter: Adapter | None = None,
     ):
-        super().__init__(lm, tokenizer, encoder, fusion, tasks, event_texts(collator))
+        summarizer = summarizer_of(fusion, reference)
+        super().__init__(lm, tokenizer, encoder, fusion, tasks, event_texts(collator), summarizer)
+        self.summarizer = summarizer
         self.collator = collator
         self.reference = reference
         self.strategy: Strategy = strategy
@@ -483,6 +486,16 @@ class UserLLM(ContextualLM):
 def encoder_for(vocabulary: Vocabulary, config: EncoderConfig) -> UserEncoder:
     """An encoder with random weights for a vocabulary's fields."""
     return config.build(field_shapes(vocabulary))
+
+
+def summarizer_of(fusion: FusionConfig, own: ResolvedLM) -> Summarizer | None:
+    """What writes the summaries that stand before the prompt, if any do: by default the LM itself, before training."""
+    if (config := fusion.text.summary) is None:
+        return None
+    lm = LanguageModelConfig(name=own.name, revision=own.revision)
+    if config.lm is not None:
+        lm = LanguageModelConfig(name=config.lm)
+    return Summarizer(lm, config.instruction, config.new_tokens, config.batch)
 
 
 def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 from userllm.errors import UserError
 from userllm.events import UserHistory
-from userllm.fusion.catalogue import CatalogueBlock, CatalogueConfig, _separating
+from userllm.fusion.catalogue import CatalogueBlock, CatalogueConfig, LikelyItems, _separating
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.model import UserLLM
 from userllm.training.strategy import trainable_parameters
 
-CATALOGUE = CatalogueConfig(items=6, tokens=2)
+CATALOGUE = CatalogueConfig(least=0.01, tokens=2)
 every_lm = pytest.mark.parametrize("lm", ["tiny-random-llama", "tiny-random-gpt2", "tiny-random-gemma3"])
 
 
@@ -21,24 +22,34 @@ def opened(make_user_llm, **settings):
     return model
 
 
-def test_vectors_are_weighted_sums_of_title_tokens():
+def test_what_is_said_at_a_node_against_a_loop():
     table = torch.randn(30, 8)
-    titles = torch.tensor([[3, 4], [5, -1], [6, 7], [3, 9]])
-    block = CatalogueBlock(CatalogueConfig(items=3, tokens=2), titles, table)
-    log_p = torch.log_softmax(torch.randn(2, 4), -1)
-    mine = block.vectors(log_p, torch.tensor([True, True]), table)
-    for user in range(2):
-        best = log_p[user].argsort(descending=True)[:3].tolist()
-        for place in range(2):
-            total = torch.zeros(8)
-            for item in best:
-                token = int(titles[item, place])
-                weight = float(torch.relu(log_p[user, item] + block.threshold))
-                if token >= 0:
-                    total += weight * (table[token] / block.size - block.centres[place])
-            torch.testing.assert_close(mine[user, place], total @ block.maps[place], rtol=1e-4, atol=1e-4)
-    nobody = block.vectors(log_p, torch.tensor([True, False]), table)
-    assert torch.equal(nobody[0], mine[0]) and not nobody[1].any()
+    titles = [(3, 4, 9, 2), (3, 5, 2), (3, 5, 6, 2), (7, 2), (3, 4, 8, 2)]
+    tree = PrefixTree.from_tokens(titles)
+    block = CatalogueBlock(CatalogueConfig(least=0.2, tokens=2), tree.answer_tokens(), table)
+    block.gate.data = torch.tensor([0.3, 0.6])
+    block.threshold.data = torch.tensor([1.2, 2.0])
+    p = torch.softmax(2 * torch.randn(2, len(titles)), -1)
+    p[1] = 0  # a user without a history
+    nodes = torch.tensor([[-1, 0, tree.paths[0, 1], tree.paths[0, 2]]]).repeat(4, 1)  # two rows per user
+    nodes[1, 1] = -1
+    hidden = torch.randn(4, 4, 8)
+    mine = block(hidden, LikelyItems(NodeMasses(tree, p), table), nodes)
+    assert torch.equal(mine[2:], hidden[2:]) and torch.equal(mine[nodes < 0], hidden[nodes < 0])
+    for row, position in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]:
+        begun = titles[0][: position - 1]
+        place = min(position - 1, 1)
+        below = [n for n, title in enumerate(titles) if title[: len(begun)] == begun]
+        said = torch.zeros(8)
+        for token in {titles[n][len(begun)] for n in below}:
+            share = sum(p[0, n] for n in below if titles[n][len(begun)] == token) / sum(
+                p[0, n] for n in below
+            )
+            weight = torch.relu(share.log() + block.threshold[place])
+            said += weight * (table[token] / block.size - block.centres[place])
+        size = hidden[row, position].pow(2).mean().sqrt()
+        expected = hidden[row, position] + torch.tanh(block.gate[place]) * size * said @ block.maps[place]
+        torch.testing.assert_close(mine[row, position], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_map_tells_titles_apart():
@@ -99,7 +110,7 @@ def test_it_learns_is_counted_and_is_saved(make_user_llm, dataset, stored, tmp_p
     model.answer_log_likelihood("next_item", torch.tensor([3, 9]), users).sum().backward()
     after = model.attachment.after
     assert all(weight.grad is not None for weight in after.parameters())
-    assert float(after.threshold.grad.abs()) > 0 and float(after.gate.grad.abs()) > 0
+    assert after.threshold.grad.abs().min() > 0 and after.gate.grad.abs().min() > 0
     blocks = sum(w.numel() for b in model.attachment.blocks.values() for w in b.parameters())
     own = sum(w.numel() for w in after.parameters())
     assert trainable_parameters(model)["cross_attention"] == blocks + own
@@ -108,6 +119,19 @@ def test_it_learns_is_counted_and_is_saved(make_user_llm, dataset, stored, tmp_p
     history = dataset.history(7)
     assert [r.item for r in loaded.recommend(history, 5)] == [r.item for r in model.recommend(history, 5)]
     assert loaded.generate("A film", history) == model.generate("A film", history)
+
+
+def test_text_that_names_no_item_is_left_alone(make_user_llm, dataset, stored):
+    model, without = opened(make_user_llm), make_user_llm(catalogue=None)
+    same = dict(model.named_parameters())
+    for name, weight in without.named_parameters():
+        weight.data.copy_(same[name].data)
+    history, batch, answers = dataset.history(7), stored.batch([(7, 0, 6), (5, 0, 2)]), torch.tensor([0, 1])
+    assert model.generate("A film", history) == without.generate("A film", history)
+    for task, equal in (("favorite_genre", True), ("next_item", False)):
+        with torch.no_grad():
+            a, b = (m.answer_log_likelihood(task, answers, m.context(batch)) for m in (model, without))
+        assert torch.equal(a, b) == equal
 
 
 def test_settings_that_do_not_go_together(make_user_llm):

@@ -6,7 +6,7 @@ import torch
 from userllm.errors import UserError
 from userllm.events import UserHistory
 from userllm.fusion.config import FusionConfig
-from userllm.fusion.history_text import HistoryText, HistoryTextConfig
+from userllm.fusion.history_text import HistoryText, HistoryTextConfig, SummaryConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -20,6 +20,7 @@ VARIANTS = {
     "soft-perceiver": SOFT | {"perceiver": PerceiverConfig(latents=3, layers=1, heads=2)},
     "soft+text": SOFT | BOTH,
     "text": TEXT,
+    "summary": {"kind": "none", "text": HistoryTextConfig(events=3, summary=SummaryConfig(new_tokens=4))},
     "cross+text": BOTH,
     "cross+text, answer": BOTH | {"attend": "answer"},
 }

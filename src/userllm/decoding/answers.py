@@ -107,18 +107,6 @@ class ClosedAnswers:
         hit = children == child[rows]
         return log_p[hit]
 
-    def child_masses(self, nodes: Tensor, rows: Tensor, children: Tensor, probabilities: Tensor) -> Tensor:
-        """An answer-level distribution as a distribution over children, in the flat order of ``choices``.
-
-        nodes [Q], rows and children as ``choices`` returns them, probabilities [Q, N] over answers.
-        """
-        tree = self.tree
-        ranked = torch.cumsum(probabilities[:, tree.order].double(), dim=1)
-        ranked = torch.cat([torch.zeros_like(ranked[:, :1]), ranked], dim=1)
-        mass = ranked[rows, tree.high[children]] - ranked[rows, tree.low[children]]
-        whole = torch.zeros(len(nodes), dtype=mass.dtype, device=mass.device).index_add(0, rows, mass)
-        return (mass / whole.clamp_min(1e-30)[rows]).to(probabilities.dtype)
-
 
 class LogitHead:
     """The LM's output layer, whole or for a few tokens only.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -38,6 +39,11 @@ class EvaluationConfig:
     """Part of the split."""
     users: int | None = None
     """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
+    among: int | None = None
+    """Draw ``users`` from a sample of this size, itself drawn by the seed: runs that differ in ``users`` alone then
+    answer for some of the same users and can be compared pair by pair; null: from all."""
+    other_user: bool = True
+    """Whether the model is also asked with somebody else's history. It doubles the time."""
     list_length: int = 20
     """Answers the language model gives per user."""
     beams: int = 20
@@ -85,9 +91,10 @@ class ClosedEvaluator:
         self.encoder, self.config, self.progress = encoder, config, progress
         rows = split.examples(config.part, max_length=model.encoder.max_length)
         self.available = len(rows)
-        if config.users is not None and config.users < len(rows):
-            rng = np.random.default_rng([seed, 11])
-            rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
+        for size in (config.among, config.users):
+            if size is not None and size < len(rows):
+                rng = np.random.default_rng([seed, 11])
+                rows = rows[np.sort(rng.choice(len(rows), size, replace=False))]
         if len(rows) < 2:
             raise UserError(
                 f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
@@ -97,6 +104,10 @@ class ClosedEvaluator:
         cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
         self.other = np.empty(len(rows), dtype=np.int64)
         self.other[cycle] = np.roll(cycle, 1)
+        self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
+        """By task evaluated so far: the users' numbers [n], and what each system said about them."""
+        self.without_user: dict[str, Tensor] = {}
+        """By task evaluated so far: log-likelihoods of all answers [N] when the model knows nobody."""
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
@@ -108,10 +119,11 @@ class ClosedEvaluator:
         systems: dict[str, Answered] = {}
         self.progress(f"{name}: {len(rows)} of {self.available} users")
         systems["user_llm"] = self._language_model(name, rows, rows, targets)
-        self.progress(f"{name}: with another user's history")
-        systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
+        if self.config.other_user:
+            self.progress(f"{name}: with another user's history")
+            systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
         self.progress(f"{name}: without a user, and baselines")
-        base = self.model.all_log_likelihoods(name, None).cpu()
+        base = self.without_user[name] = self.model.all_log_likelihoods(name, None).cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             if self.encoder.ranks_items:
@@ -127,14 +139,40 @@ class ClosedEvaluator:
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
             if task.config.field in self.stored.collator.vocabulary:
                 systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
+        self.answered[name] = rows[:, 0], systems
         return self._entry(len(rows), systems)
+
+    def per_user(self) -> pl.DataFrame:
+        """What every system said about every user so far: task, user (raw id), system, rank, log_likelihood.
+
+        rank: of the true answer in the system's list, 0 where it is not among the first ``list_length``.
+        """
+        ids = np.array(self.dataset.user_ids)
+        parts = [
+            pl.DataFrame(
+                {
+                    "task": [task] * len(users),
+                    "user": ids[users],
+                    "system": [system] * len(users),
+                    "rank": self._within(said).astype(np.int32),
+                    "log_likelihood": np.full(len(users), np.nan)
+                    if said.log_likelihood is None
+                    else said.log_likelihood,
+                }
+            )
+            for task, (users, systems) in self.answered.items()
+            for system, said in systems.items()
+        ]
+        return pl.concat(parts)
+
+    def _within(self, said: Answered) -> np.ndarray:
+        return np.where(said.ranks <= self.config.list_length, said.ranks, 0)
 
     def _entry(self, n: int, systems: dict[str, Answered]) -> dict[str, Any]:
         entry: dict[str, Any] = {"n": n, "N": self.available}
-        entry["invalid_items"] = systems["user_llm"].invalid + systems["user_llm_shuffled"].invalid
+        entry["invalid_items"] = sum(said.invalid for said in systems.values())
         for system, said in systems.items():
-            within = np.where(said.ranks <= self.config.list_length, said.ranks, 0)
-            entry[system] = {key: e.as_dict() for key, e in ranking_metrics(within).items()}
+            entry[system] = {key: e.as_dict() for key, e in ranking_metrics(self._within(said)).items()}
             if said.log_likelihood is not None:
                 zeros = np.zeros(n)
                 entry[system]["log_likelihood"] = paired_gain(said.log_likelihood, zeros).as_dict()
@@ -145,7 +183,7 @@ class ClosedEvaluator:
         entry["gain_nats"] = {
             f"over_{name}": paired_gain(own, against).as_dict()
             for name, system in (("shuffled", "user_llm_shuffled"), ("no_user", "no_user"))
-            if (against := systems[system].log_likelihood) is not None
+            if system in systems and (against := systems[system].log_likelihood) is not None
         }
         return entry
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from userllm.errors import UserError
-from userllm.fusion.catalogue import CatalogueBlock
+from userllm.fusion.catalogue import CatalogueBlock, LikelyItems
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.prefix import Prefix
 
@@ -30,14 +30,14 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``prefix`` stands before the prompt; ``catalogue`` [B, J, D] is what ``CatalogueBlock`` says.
+    when the context goes. ``prefix`` stands before the prompt; ``likely`` is what ``CatalogueBlock`` tells of.
     ``recorded`` collects attention weights per layer where a list is given.
     """
 
     tokens: Tensor
     mask: Tensor
     prefix: Prefix | None = None
-    catalogue: Tensor | None = None
+    likely: LikelyItems | None = None
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     recorded: dict[int, list[Tensor]] | None = None
 
@@ -54,17 +54,19 @@ class UserContext:
         """The context of some of the users, in the order given; projected keys and values are kept."""
         kept = {i: (k[users], v[users]) for i, (k, v) in self.keys_values.items()}
         prefix = None if self.prefix is None else self.prefix.select(users)
-        catalogue = None if self.catalogue is None else self.catalogue[users]
-        return UserContext(self.tokens[users], self.mask[users], prefix, catalogue, kept)
+        likely = None if self.likely is None else self.likely.select(users)
+        return UserContext(self.tokens[users], self.mask[users], prefix, likely, kept)
 
 
 @dataclass
 class Slot:
-    """What the wrappers of one LM share: the current user, and states to replay below the first fused layer."""
+    """What the wrappers of one LM share: the current user, states to replay below the first fused layer, and where in
+    the tree of the titles each position of the text stands, [R, T], -1 where no item is being named."""
 
     context: UserContext | None = None
     without_user: bool = False
     replay: Tensor | None = None
+    nodes: Tensor | None = None
 
 
 class FusedLayer(nn.Module):
@@ -108,11 +110,11 @@ class FusedLayer(nn.Module):
                 "or inside model.without_user() to leave the user out on purpose"
             )
         output = self.layer(hidden_states, *args, **kwargs)
-        if self.after is None or slot.context is None or slot.context.catalogue is None:
+        if self.after is None or slot.context is None or slot.context.likely is None or slot.nodes is None:
             return output
         if isinstance(output, tuple):
-            return (self.after(output[0], slot.context.catalogue), *output[1:])
-        return self.after(output, slot.context.catalogue)
+            return (self.after(output[0], slot.context.likely, slot.nodes), *output[1:])
+        return self.after(output, slot.context.likely, slot.nodes)
 
 
 class ReplayLayer(nn.Module):
@@ -228,9 +230,10 @@ class Attachment:
             yield
 
     @contextmanager
-    def replaying(self, states: Tensor | None) -> Iterator[None]:
-        """Calls inside take ``states`` [R, T, D] as the output of the layers below the first fused one."""
-        with self._set(replay=states):
+    def reading(self, states: Tensor | None, nodes: Tensor | None) -> Iterator[None]:
+        """Calls inside take ``states`` [R, T, D] as the output of the layers below the first fused one, and read a text
+        that stands at ``nodes`` [R, T] of the tree of the titles."""
+        with self._set(replay=states, nodes=nodes):
             yield
 
     @contextmanager

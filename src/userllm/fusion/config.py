@@ -55,6 +55,10 @@ class FusionConfig:
             raise UserError("fusion.kind none leaves the user out; set fusion.text.events for a text prompt")
         if self.catalogue is not None and self.kind != "cross_attention":
             raise UserError(f"fusion.catalogue goes with kind cross_attention, not with {self.kind}")
+        if self.text.summary is not None and self.text.events < 1:
+            raise UserError(
+                "fusion.text.summary: set fusion.text.events, how many of the latest are summarised"
+            )
         if self.events < 1:
             raise UserError(f"fusion.events is {self.events}; the LM needs to see at least one event")
 
