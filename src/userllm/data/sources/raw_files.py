@@ -127,7 +127,7 @@ class LineBlocks:
                 f"{self.path} line {self.line}: longer than {LONGEST_LINE >> 20} MiB; this is no table"
             )
         try:
-            raw = self._file.read(self.size)
+            raw = self._file.read(max(self.size, len(self._rest)))  # of a long line twice as much each time
         except EOFError as error:
             raise self._damaged("ends in the middle of its packed data") from error
         except (OSError, zlib.error, zstandard.ZstdError) as error:
