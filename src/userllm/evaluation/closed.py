@@ -83,7 +83,7 @@ class ClosedEvaluator:
             self.progress(f"{name}: with another user's history")
             systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
         self.progress(f"{name}: without a user, and baselines")
-        base = self.without_user[name] = self.model.all_log_likelihoods(name, None).cpu()
+        base = self.without_user[name] = self.model.score_answers(name, None)[0].cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             if self.encoder.ranks_items:

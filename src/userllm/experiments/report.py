@@ -157,7 +157,8 @@ def _lm(metrics: dict[str, Any]) -> str:
 def _verdicts(decided: Sequence[Decided]) -> Table:
     table = Table(
         "What the papers claim",
-        "Confirmed: the whole 95 % interval of the paired difference lies on the claim's side. The difference in nats "
+        "Confirmed: the whole 95 % interval of the paired difference lies on the claim's side (where none differs at "
+        "all, an interval of 3 / n about 0). The difference in nats "
         "(log-likelihood of the true answer) stands beside it and decides nothing.",
         ["Claim", "Source", "Task, metric", "a", "b", "a - b", "users", "a - b, nats", "Verdict"],
     )
