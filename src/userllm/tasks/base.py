@@ -38,6 +38,8 @@ class TaskConfig:
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
     target: str = "text"
     """review: the event's text field that is to be written."""
+    rating: str = "rating"
+    """review: the event's field that says how much the user liked it; written texts are checked against it."""
     target_tokens: int = 64
     """Free text: leading tokens of a target that are learned and whose likelihood is measured (ours)."""
 
