@@ -565,14 +565,14 @@ class ContextualLM(nn.Module):
 
         Raises UserError where this LM does something to its logits that ``LogitHead`` does not know.
         """
-        if self.answers:
-            closed = next(iter(self.answers.values()))
-            ids, tokens = closed.prompt_ids[None], closed.tree.vocabulary
-        else:
-            ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.lm.device)
-            tokens = torch.arange(len(self._output_table), device=self.lm.device)
+        closed = next(iter(self.answers.values()), None)
+        end = torch.tensor([self.tokenizer.eos_token_id], device=self.lm.device)
+        ids = (end if closed is None else closed.prompt_ids)[None]
         with torch.no_grad(), self.without_user():
             whole = self.lm(input_ids=ids).logits[0, -1].float()
+            tokens = (
+                torch.arange(len(whole), device=whole.device) if closed is None else closed.tree.vocabulary
+            )
             mine = self.head(self._hidden(ids)[0, -1], tokens).float()
         if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(

@@ -31,7 +31,11 @@ evaluation:
   list_length: 3
   batch: 8
   knowledge_tokens: 40
-  text: {users: 7, greedy: {max_new_tokens: 6}, sampled: {max_new_tokens: 5, sample: true, temperature: 0.9}}
+  text:
+    users: 7
+    sampled_users: 5
+    greedy: {max_new_tokens: 6}
+    sampled: {max_new_tokens: 5, sample: true, temperature: 0.9}
 """
 WORDS = """
 I loved it and it fit well but the zipper broke so many compliments at the wedding
@@ -77,8 +81,10 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
     assert (entry["n"], entry["N"], len(written)) == (7, 12, 7)
     scorer = RougeScorer(["rougeLsum"])
     for system in ("user_llm", "user_llm_shuffled", "no_user", "user_llm_sampled"):
-        scores = [scorer.score(one["target"], one[system])["rougeLsum"].fmeasure for one in written]
-        assert entry[system]["rougeLsum"]["value"] == pytest.approx(sum(scores) / 7)
+        has = [one for one in written if system in one]
+        assert len(has) == (5 if "sampled" in system else 7)
+        scores = [scorer.score(one["target"], one[system])["rougeLsum"].fmeasure for one in has]
+        assert entry[system]["rougeLsum"]["value"] == pytest.approx(sum(scores) / len(has))
         assert {"rouge1", "rouge2", "words", "rating_agreement"} <= set(entry[system])
         assert set(entry["whole"][system]) == {"distinct_1", "distinct_2"}
     for one in written:
@@ -87,7 +93,7 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
         assert one["other_last"] in [row(other, 5)["review_text"] for other in range(12) if other != user]
     assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {"log_likelihood", "nats_per_token"}
     assert entry["decoding"]["greedy"] == {
-        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0
+        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0, "users": 7
     }  # fmt: skip
     assert entry["decoding"]["sampled"]["temperature"] == 0.9
     assert set(entry["gain"]) == set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}

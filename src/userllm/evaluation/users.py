@@ -22,11 +22,14 @@ class TextEvaluationConfig:
     """Settings of the texts that the comparisons rest on."""
     sampled: TextDecoding | None = field(default_factory=lambda: TextDecoding(sample=True, top_p=0.95))
     """Settings of a second set of texts, drawn; null: none."""
+    sampled_users: int | None = 100
+    """Users of these, the first, who get drawn texts, too; null: all."""
 
     def check(self) -> None:
         """Raise UserError for settings that cannot be used."""
-        if self.users is not None and self.users < 2:
-            raise UserError(f"evaluation.text.users is {self.users}; it takes at least two users")
+        for name, users in (("users", self.users), ("sampled_users", self.sampled_users)):
+            if users is not None and users < 2:
+                raise UserError(f"evaluation.text.{name} is {users}; it takes at least two users")
         for decoding in (self.greedy, self.sampled):
             if decoding is not None:
                 decoding.check()
