@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from userllm.data.sources.table_config import TableConfig
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
@@ -27,6 +28,8 @@ class DataConfig:
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
+    table: TableConfig | None = None
+    """Your own event log, prepared as `userllm data prepare table` does; overrides ``release``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
     """Fields the encoder reads and predicts, the item first (paper: name, rating, genre). Any declared field, and
     ``time_gap``: how long before an event the user's previous one was (ours)."""
@@ -58,8 +61,12 @@ class RunConfig:
         """Raise UserError for settings that cannot go together, before any work is done."""
         if not self.name or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
-        if self.data.release is None and self.data.folder is None:
-            raise UserError("data: give release (movielens-1m, ...) or folder (a prepared dataset)")
+        if self.data.release is None and self.data.folder is None and self.data.table is None:
+            raise UserError(
+                "data: give release (movielens-1m, ...), folder (a prepared dataset) or table (your own)"
+            )
+        if self.data.table is not None and not self.data.table.path:
+            raise UserError("data.table.path: give the files of your table")
         if not self.tasks:
             raise UserError("tasks is empty; give at least one task")
         self.fusion.check()

@@ -29,6 +29,7 @@ from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
 from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.vocabulary import Vocabulary
@@ -87,7 +88,10 @@ class Run:
             if todo:
                 data = self.config.data
                 folder = data.folder
-                if folder is None:
+                if folder is None and data.table is not None:
+                    folder = self.folder / "dataset"
+                    prepare_table(data.table, folder, self.config.name)
+                elif folder is None:
                     folder = cache_folder() / "datasets" / str(data.release)
                     if data.path is not None or not (folder / "card.json").is_file():
                         folder = folder if data.path is None else self.folder / "dataset"

@@ -140,7 +140,7 @@ def _texts_of(events: Sequence[Event]) -> TextOf:
 
 
 class StoredHistories:
-    """Batches of a prepared dataset's histories; event-level fields and time gaps are encoded once, up front.
+    """Batches of a prepared dataset's histories. Of the events only those of a batch are read.
 
     The time gap of a history's first event is the one to the event before it in the dataset, inside the history or not.
     """
@@ -151,14 +151,7 @@ class StoredHistories:
         self.offsets = dataset.offsets
         self.items = dataset.events["item"]
         self.times = dataset.events["time"]
-        self.event_ids = {
-            field.name: self.collator.encode_values(field, dataset.events[field.name])
-            for field in self.collator.event_fields
-        }
-        first = np.zeros(len(self.times), dtype=bool)
-        first[self.offsets[:-1]] = True
-        for field in self.collator.time_fields:
-            self.event_ids[field.name] = time_gap_ids(field, self.times, first)
+        self.values = {field.name: dataset.events[field.name] for field in self.collator.event_fields}
 
     def batch(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
         """The histories ``(user, start, stop)``, padded to the longest (at least 1)."""
@@ -167,9 +160,19 @@ class StoredHistories:
         steps = np.arange(max(1, lengths.max(initial=0)))
         mask = steps < lengths[:, None]
         index = np.where(mask, (self.offsets[users] + starts)[:, None] + steps, 0)
-        event_ids = {name: ids[index] for name, ids in self.event_ids.items()}
-        batch = self.collator.from_arrays(self.items[index], event_ids, self.times[index], mask)
-        batch.texts = [self._texts_from(first) for first in (self.offsets[users] + starts).tolist()]
+        times = self.times[index]
+        event_ids = {
+            field.name: self.collator.encode_values(field, self.values[field.name][index])
+            for field in self.collator.event_fields
+        }
+        if self.collator.time_fields:
+            first = index == self.offsets[users][:, None]
+            before = self.times[np.maximum(index - 1, 0)]
+            event_ids |= {
+                field.name: time_gap_ids(field, times, first, before) for field in self.collator.time_fields
+            }
+        batch = self.collator.from_arrays(self.items[index], event_ids, times, mask)
+        batch.texts = [self._texts_from(start) for start in (self.offsets[users] + starts).tolist()]
         return batch
 
     def _texts_from(self, first: int) -> TextOf:
