@@ -354,6 +354,7 @@ class Run:
                 f"beam search with {config.beams} beams over the catalogue's trie; a target outside "
                 f"the list of {config.list_length} counts as a miss",
                 "among equal scores the item that comes first in the catalogue wins",
+                *_catalogue_note(model),
             ]
         if model.open_tasks:
             notes += [
@@ -489,6 +490,17 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
     values, best = scores.topk(min(5, len(answers)))
     pairs = zip(values.tolist(), best.tolist(), strict=True)
     return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _catalogue_note(model: UserLLM) -> list[str]:
+    if model.catalogue is None:
+        return []
+    said = [f"{one['encoder']:.2f} and {one['lm']:.2f}" for one in model.catalogue.weights()]
+    return [
+        "where a title is written, the encoder's log-probability and the LM's logit count with weights "
+        + ", ".join(said)
+        + " (first token, second, ...; fusion.catalogue)"
+    ]
 
 
 def _without_nulls(settings: Any) -> Any:
