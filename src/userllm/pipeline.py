@@ -42,7 +42,7 @@ from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import Recommendation, UserLLM, encoder_for
+from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import build_task
@@ -118,7 +118,7 @@ class Run:
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if from_text:
-                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
+                    self._start_from_text(encoder, file.parent / TEXT_START)
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -228,6 +228,9 @@ class Run:
             strategy.name,
             adapter,
         )
+        start = self.folder / "pretrain" / "encoder" / TEXT_START
+        if start.is_file():
+            model.text_start = TextStart.load(start)
         model.check_head()
         apply_strategy(model, strategy.name, adapter)
         return model
