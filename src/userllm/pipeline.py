@@ -96,9 +96,15 @@ class Run:
                             prepare_synthetic(folder)
                         else:
                             prepare_movielens(data.path, folder, release)
-                Dataset.open(folder)
-                _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
+                used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+                _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
+        used = json.loads((self.folder / "dataset.json").read_text())
+        if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
+            raise UserError(
+                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
+                f"items into its model with `userllm grow {self.folder}`"
+            )
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
