@@ -9,7 +9,7 @@ from userllm.data.sources.table_config import TableConfig
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
-from userllm.evaluation.closed import EvaluationConfig
+from userllm.evaluation.users import EvaluationConfig
 from userllm.fusion.config import FusionConfig
 from userllm.language_models.pretrained import LanguageModelConfig
 from userllm.tasks import TaskConfig
@@ -22,8 +22,8 @@ class DataConfig:
     """Which prepared dataset a run uses."""
 
     release: str | None = "movielens-1m"
-    """A data set userllm finds by itself (movielens-100k, movielens-1m), or "synthetic", a small one that it makes, for
-    smoke runs; null with ``folder``."""
+    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), or "synthetic", a small one
+    that it makes, for smoke runs; null with ``folder``."""
     path: Path | None = None
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
@@ -70,6 +70,7 @@ class RunConfig:
         if not self.tasks:
             raise UserError("tasks is empty; give at least one task")
         self.fusion.check()
+        self.evaluation.text.check()
         encoder, split = self.encoder, self.split
         if encoder.width % encoder.heads:
             raise UserError(

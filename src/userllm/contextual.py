@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
+from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.exact import score_answers
+from userllm.decoding.next_token import TextDecoding
 from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.free_text import text_losses, write_texts
 from userllm.fusion.attach import Attachment, UserContext, find_layers
-from userllm.fusion.catalogue import CatalogueBlock, LikelyItems
+from userllm.fusion.catalogue import CatalogueWeights, LikelyItems
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.history_summary import HistorySummary, Summarize
@@ -36,7 +38,7 @@ from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
-from userllm.tasks import ClosedTask
+from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM
 
 
@@ -61,7 +63,7 @@ class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
+    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: by name, closed and open ones.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     summarize: histories as text to summaries; needed for ``fusion.text.summary`` only.
     """
@@ -72,7 +74,7 @@ class ContextualLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         encoder: UserEncoder,
         fusion: FusionConfig,
-        tasks: Mapping[str, ClosedTask],
+        tasks: Mapping[str, Task],
         event_texts: Mapping[str, Sequence[str]] | None = None,
         summarize: Summarize | None = None,
     ):
@@ -122,8 +124,9 @@ class ContextualLM(nn.Module):
             getattr(text_config, "final_logit_softcapping", None),
             getattr(text_config, "logit_scale", None) or 1.0,
         )
-        self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
-        self.attachment = Attachment(lm, blocks, self._catalogue_block())
+        self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
+        self.attachment = Attachment(lm, blocks)
+        self.catalogue = self._catalogue()
         self._lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
@@ -144,6 +147,16 @@ class ContextualLM(nn.Module):
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
         self.forget_lower_states()
         return self
+
+    @property
+    def closed_tasks(self) -> dict[str, ClosedTask]:
+        """The tasks with a closed set of answers."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, ClosedTask)}
+
+    @property
+    def open_tasks(self) -> dict[str, OpenTask]:
+        """The tasks that are answered in free text."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, OpenTask)}
 
     # ---- users ----------------------------------------------------------------------------------------------------
 
@@ -167,23 +180,40 @@ class ContextualLM(nn.Module):
             everyone = torch.arange(len(rows), device=rows.device)
             tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
         users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
-        if self.attachment.after is not None:
+        if self.catalogue is not None:
             at_least_one = ends.clamp_min(1)
             scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
             if scores is None:
                 scores = self.encoder.next_item_scores(histories, rows, at_least_one)
-            masses = NodeMasses(self._titles, torch.softmax(scores.float(), -1) * (ends > 0)[:, None])
-            users.likely = LikelyItems(masses, self._output_table)
+            masses = NodeMasses(self._titles, torch.softmax(scores.float(), -1))
+            users.likely = LikelyItems(masses, ends > 0)
         return users
 
-    def _catalogue_block(self) -> CatalogueBlock | None:
+    def _catalogue(self) -> CatalogueWeights | None:
         if self.config.catalogue is None:
             return None
-        if not any(self.names_items(name) for name in self.tasks):
+        if not any(self.names_items(name) for name in self.closed_tasks):
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
         if not self.encoder.ranks_items:
             raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
-        return CatalogueBlock(self.config.catalogue, self._titles.answer_tokens(), self._output_table)
+        return CatalogueWeights(self.config.catalogue)
+
+    def _advice(self, task: str, users: UserContext | None, rows: Tensor | None = None) -> Advice | None:
+        """The encoder's say in a task's choices. rows [Q]: the text of each, where every text has a user of its own or
+        all have one; by default each user has as many choices as the next.
+        """
+        weights, likely = self.catalogue, None if users is None else users.likely
+        if weights is None or likely is None or not self.names_items(task):
+            return None
+
+        def advice(logits: Tensor, nodes: Tensor, within: Tensor, children: Tensor) -> Tensor:
+            if rows is None:
+                owners = torch.arange(len(nodes), device=nodes.device) // (len(nodes) // len(likely))
+            else:
+                owners = rows if len(likely) > 1 else torch.zeros_like(rows)
+            return weights(logits, likely, owners, nodes, within, children)
+
+        return advice
 
     def names_items(self, task: str) -> bool:
         """Whether the task's answers are the catalogue's titles."""
@@ -193,10 +223,6 @@ class ContextualLM(nn.Module):
     def _titles(self) -> PrefixTree:
         """The tree of the titles: the same for every task that names items."""
         return next(closed.tree for name, closed in self.answers.items() if self.names_items(name))
-
-    @property
-    def _output_table(self) -> Tensor:
-        return self.lm.get_output_embeddings().weight  # type: ignore[union-attr, return-value]
 
     def _prefix(
         self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor
@@ -253,6 +279,28 @@ class ContextualLM(nn.Module):
         """How many of a history's latest events the LM can attend to."""
         return min(self.config.events, self.encoder.max_length)
 
+    # ---- free text ------------------------------------------------------------------------------------------------
+
+    def text_losses(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        users: UserContext | None,
+        most: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood [E], in nats, of texts behind prompts, and their tokens [E]; see ``free_text``."""
+        return text_losses(self, prompts, targets, users, most)
+
+    def write_texts(
+        self,
+        prompts: Sequence[str],
+        users: UserContext | None,
+        decoding: TextDecoding,
+        numbers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """One new text behind each prompt; see ``free_text``."""
+        return write_texts(self, prompts, users, decoding, numbers)
+
     # ---- closed answers -------------------------------------------------------------------------------------------
 
     def answer_log_likelihood(self, task: str, answers: Tensor, users: UserContext | None) -> Tensor:
@@ -298,7 +346,16 @@ class ContextualLM(nn.Module):
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
         with torch.no_grad(), self.conditioned(users):
             state = TextInLM(self, len(users), task, context=users)
-            return search_answers(state, self.answers[task], self.head, len(users), k, beams, excluded)
+            return search_answers(
+                state,
+                self.answers[task],
+                self.head,
+                len(users),
+                k,
+                beams,
+                excluded,
+                self._advice(task, users),
+            )
 
     def score_answers(
         self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
@@ -318,7 +375,9 @@ class ContextualLM(nn.Module):
             count = 1 if some is None else len(some)
             with torch.no_grad(), self._conditioned_or_not(some):
                 state = TextInLM(self, count, task, context=some)
-                scores.append(score_answers(state, closed, self.head, count, asked, block))
+                scores.append(
+                    score_answers(state, closed, self.head, count, asked, block, self._advice(task, some))
+                )
         return torch.cat(scores)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
@@ -355,11 +414,11 @@ class ContextualLM(nn.Module):
             ids, mask = self._after(prefix, ids)
             position = position + ids.shape[1] - texts.input_ids.shape[1]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(
-                ids, states, cache, mask, texts.nodes_at if self.names_items(task) else None
-            )
+            hidden = self._hidden(ids, states, cache, mask)
         picked = hidden[texts.row, position]
-        rows, children, log_p = closed.choices(picked, texts.node, self.head)
+        rows, children, log_p = closed.choices(
+            picked, texts.node, self.head, self._advice(task, users, texts.row)
+        )
         return texts, rows, children, log_p.float()
 
     def prompt_cache(self, task: str, rows: int, replayed: bool) -> DynamicCache:
@@ -422,13 +481,11 @@ class ContextualLM(nn.Module):
         states: Tensor | None = None,
         cache: DynamicCache | None = None,
         mask: Tensor | None = None,
-        nodes: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [R, T, D] of token ids [R, T] or embeddings [R, T, D].
 
         mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
-        needs none: no position sees it. nodes [R, any]: of the tree of the titles, for a text that names an item; they
-        end where the text ends.
+        needs none: no position sees it.
         """
         if cache is not None and self.lm.training and self._checkpointed:
             raise UserError(
@@ -438,10 +495,7 @@ class ContextualLM(nn.Module):
         if mask is not None:
             left = {"attention_mask": mask.long(), "position_ids": position_ids(mask)[:, -text.shape[1] :]}
         given = {"input_ids" if text.ndim == 2 else "inputs_embeds": text}
-        if nodes is not None:
-            missing = text.shape[1] - nodes.shape[1]
-            nodes = nn.functional.pad(nodes, (missing, 0), value=-1)  # a negative padding cuts
-        with self.attachment.reading(states, nodes):
+        with self.attachment.replaying(states):
             output = self.lm.get_decoder()(
                 **given, **left, past_key_values=cache, use_cache=cache is not None, return_dict=True
             )
@@ -507,16 +561,20 @@ class ContextualLM(nn.Module):
         self._prompts.clear()
 
     def check_head(self) -> None:
-        """Compare the logits of chosen tokens with the LM's own forward pass.
+        """Compare the logits with the LM's own forward pass: of the first closed task's tokens, or of all.
 
         Raises UserError where this LM does something to its logits that ``LogitHead`` does not know.
         """
-        closed = next(iter(self.answers.values()))
-        ids = closed.prompt_ids[None]
+        closed = next(iter(self.answers.values()), None)
+        end = torch.tensor([self.tokenizer.eos_token_id], device=self.lm.device)
+        ids = (end if closed is None else closed.prompt_ids)[None]
         with torch.no_grad(), self.without_user():
             whole = self.lm(input_ids=ids).logits[0, -1].float()
-            mine = self.head(self._hidden(ids)[0, -1], closed.tree.vocabulary).float()
-        if not torch.allclose(whole[closed.tree.vocabulary], mine, rtol=1e-3, atol=1e-3):
+            tokens = (
+                torch.arange(len(whole), device=whole.device) if closed is None else closed.tree.vocabulary
+            )
+            mine = self.head(self._hidden(ids)[0, -1], tokens).float()
+        if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce"
             )

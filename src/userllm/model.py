@@ -43,7 +43,7 @@ from userllm.saved_model import (
     saved_vocabulary,
     where_from,
 )
-from userllm.tasks import ClosedTask, TaskConfig, build_task
+from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
 FORMAT_VERSION = 1
@@ -83,7 +83,7 @@ class UserLLM(ContextualLM):
         tokenizer: PreTrainedTokenizerBase,
         encoder: UserEncoder,
         fusion: FusionConfig,
-        tasks: Mapping[str, ClosedTask],
+        tasks: Mapping[str, Task],
         collator: HistoryCollator,
         reference: ResolvedLM,
         strategy: Strategy = "enc",
@@ -302,7 +302,19 @@ class UserLLM(ContextualLM):
             raise UserError(
                 f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}"
             )
-        return self.tasks[name]
+        if name not in self.closed_tasks:
+            raise UserError(
+                f"task {name} is answered in free text; use generate with a prompt such as "
+                f"{self.tasks[name].config.prompt!r}"
+            )
+        return self.closed_tasks[name]
+
+    @property
+    def first_closed_task(self) -> str:
+        """The first task that has known answers. Raises UserError where the model was trained for free text only."""
+        if not self.closed_tasks:
+            raise UserError(f"tasks {', '.join(self.tasks)} are answered in free text; use generate")
+        return next(iter(self.closed_tasks))
 
     def _answers_of(self, task: ClosedTask, items: Sequence[str] | None) -> Tensor:
         """Numbers [A] of the answers that go by these names."""
@@ -485,8 +497,8 @@ class UserLLM(ContextualLM):
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
-        if self.attachment.after is not None:
-            weights |= {f"after.{name}": value for name, value in self.attachment.after.state_dict().items()}
+        if self.catalogue is not None:
+            weights |= {f"catalogue.{name}": value for name, value in self.catalogue.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
+from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
@@ -38,6 +38,10 @@ from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
+from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
+from userllm.evaluation.rating_agreement import RatingReader
+from userllm.evaluation.text_metrics import distinct, length, rouge
+from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
@@ -45,7 +49,7 @@ from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
-from userllm.tasks import build_task
+from userllm.tasks import OpenTask, Review, build_task
 from userllm.training.contextualize import contextualize
 from userllm.training.pretrain import pretrain
 from userllm.training.strategy import apply_strategy, trainable_parameters
@@ -91,11 +95,10 @@ class Run:
                     folder = cache_folder() / "datasets" / str(data.release)
                     if data.path is not None or not (folder / "card.json").is_file():
                         folder = folder if data.path is None else self.folder / "dataset"
-                        release = data.release if data.release != "movielens" else None
-                        if release == RELEASE:
+                        if data.release == RELEASE:
                             prepare_synthetic(folder)
                         else:
-                            prepare_movielens(data.path, folder, release)
+                            prepare(str(data.release), data.path, folder)
                 used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
                 _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
@@ -108,6 +111,10 @@ class Run:
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
+        for name, config in self.config.tasks.items():
+            task = build_task(name, config, self.dataset.items)
+            if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
+                task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
         say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
 
     def do_pretrain(self) -> None:
@@ -175,10 +182,12 @@ class Run:
                     model, self.load_encoder(), self.dataset, self.split, self.stored, self.config.evaluation,
                     self.config.seed, say,
                 )  # fmt: skip
-                tasks = {name: evaluator.evaluate(name) for name in model.tasks}
+                tasks = {name: evaluator.evaluate(name) for name in model.closed_tasks}
                 nobody = {
-                    name: _best(model.tasks[name].answers, evaluator.without_user[name]) for name in tasks
+                    name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
+                    for name in tasks
                 }
+                tasks |= self._evaluate_texts(model, evaluator.users)
                 examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
                 evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
@@ -247,14 +256,14 @@ class Run:
         user, start, stop = (int(x) for x in row)
         history: UserHistory = self.dataset.history(user, start, stop)
         target = self.dataset.history(user, stop, stop + 1).events[0]
-        task = "next_item" if "next_item" in model.tasks else next(iter(model.tasks))
         try:
+            task = "next_item" if "next_item" in model.closed_tasks else model.first_closed_task
             weights = {id(a.event): a.weight for a in model.explain(history, task=task)}
         except UserError:
-            weights = {}  # a Perceiver stands between: the report says that no weights were recorded
+            weights = {}  # a Perceiver stands between, or nothing is asked: the report says that none were recorded
         window = self.split.visible(model.window)
         answers = {}
-        for name, closed in model.tasks.items():
+        for name, closed in model.closed_tasks.items():
             truth = int(closed.targets(self.dataset, np.array([user]), np.array([stop]), window)[0])
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
@@ -275,6 +284,27 @@ class Run:
             "target": model.title(target.item),
             "tasks": answers,
         }
+
+    def _evaluate_texts(self, model: UserLLM, users: EvaluatedUsers) -> dict[str, Any]:
+        """Entries of the tasks that are answered in free text; the texts themselves go to texts/TASK.jsonl."""
+        config, seed = self.config.evaluation, self.config.seed
+        evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
+        entries = {}
+        for name in model.open_tasks:
+            texts = evaluator.write(name)
+            lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
+            _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
+            entries[name] = evaluator.measure(texts, self._text_metrics(model.open_tasks[name], texts))
+        return entries
+
+    def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
+        """What is measured of a task's texts."""
+        metrics: list[TextMetric] = [rouge, length, distinct]
+        if isinstance(task, Review) and "rating" in self.dataset.event_fields:
+            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, "rating")
+            events = self.dataset.offsets[texts.rows[:, 0]] + texts.rows[:, 2]
+            metrics.append(reader.agreement(self.dataset.events["rating"][events]))
+        return metrics
 
     def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card
@@ -314,20 +344,35 @@ class Run:
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
             "training": json.loads(trained.read_text()) if trained.exists() else None,
+            "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
             "timings_s": {},
             "cpu_s": {},
             "peak_rss_mb": peak_rss_mb(),
             "tasks": tasks,
-            "notes": [
-                f"{evaluator.available} users can be evaluated; each task says n of N",
-                "next items already in the history are excluded for every system"
-                if self.config.evaluation.exclude_seen
-                else "items already in the history may be recommended again",
-                f"beam search with {self.config.evaluation.beams} beams over the catalogue's trie; a target outside "
-                f"the list of {self.config.evaluation.list_length} counts as a miss",
-                "among equal scores the item that comes first in the catalogue wins",
-            ],
+            "notes": self._notes(model, evaluator),
         }
+
+    def _notes(self, model: UserLLM, evaluator: ClosedEvaluator) -> list[str]:
+        config = self.config.evaluation
+        notes = [f"{evaluator.available} users can be evaluated; each task says n of N"]
+        if model.closed_tasks:
+            notes += [
+                "next items already in the history are excluded for every system"
+                if config.exclude_seen
+                else "items already in the history may be recommended again",
+                f"beam search with {config.beams} beams over the catalogue's trie; a target outside "
+                f"the list of {config.list_length} counts as a miss",
+                "among equal scores the item that comes first in the catalogue wins",
+            ]
+        if model.open_tasks:
+            notes += [
+                "texts: every system gets the same prompt; no user is the base LM, which was not trained on such "
+                "texts; another user's history is the trained model with the wrong user",
+                "ROUGE: F-measure against the whole text the user wrote, rouge-score without stemming; gains compare "
+                "greedy texts pair by pair",
+                "log-likelihoods are of a text's first tokens, as many as the task's target_tokens",
+            ]
+        return notes
 
     def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
         config = self.config.evaluation
@@ -348,9 +393,9 @@ class Run:
         """
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        settings = hashlib.sha256(
-            json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()
-        ).hexdigest()
+        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
+        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
+        settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             say(f"{name}: done before, skipped")
@@ -453,6 +498,12 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
     values, best = scores.topk(min(5, len(answers)))
     pairs = zip(values.tolist(), best.tolist(), strict=True)
     return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _without_nulls(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
 
 
 def _write(file: Path, text: str) -> None:

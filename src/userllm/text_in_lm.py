@@ -34,7 +34,6 @@ class TextInLM:
         self.users = users
         self.task = task
         self.context = context
-        self.names_items = model.names_items(task)
         self.lower = model._lower.get(task) if replay else None
         self.cache = DynamicCache(config=model.lm.config)
         self.mask: Tensor | None = None
@@ -52,14 +51,14 @@ class TextInLM:
         elif self.model.reads_ahead and len(prompt_ids) > 1:
             self.cache = self.model.prompt_cache(self.task, self.users, states is not None)
             ids, states = ids[:, -1:], None if states is None else states[:, -1:]
-        return self._read(ids, states, torch.zeros_like(ids[:, -1]))
+        return self._read(ids, states)
 
     def advance(self, tokens: Tensor, nodes: Tensor, parents: Tensor) -> Tensor:
         """One more token for rows that continue ``parents``: [R, D]."""
         self.cache.batch_select_indices(parents)
         self.mask = None if self.mask is None else self.mask[parents]
         states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
-        return self._read(tokens[:, None], states, nodes)
+        return self._read(tokens[:, None], states)
 
     def fork(self) -> TextInLM:
         """The same texts once more, to be continued in another way."""
@@ -68,12 +67,10 @@ class TextInLM:
         other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return other
 
-    def _read(self, input_ids: Tensor, states: Tensor | None, nodes: Tensor) -> Tensor:
-        """Texts [R, T] that end at ``nodes`` [R]."""
+    def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
-        at = nodes[:, None] if self.names_items else None
-        hidden = self.model._hidden(input_ids, states, self.cache, self.mask, at)
+        hidden = self.model._hidden(input_ids, states, self.cache, self.mask)
         if states is not None:
             # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
             stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)

@@ -58,7 +58,13 @@ def claim(**told):
         ([1] * 40, [0] * 40, {}, "confirmed"),
         ([1] * 40, [1] * 40, {}, "not confirmed"),
         ([0] * 40, [1] * 40, {}, "not confirmed"),
-        ([1] * 40, [1] * 40, {"kind": "within", "margin": 0.01}, "confirmed"),
+        ([1] * 400, [1] * 400, {"kind": "within", "margin": 0.01}, "confirmed"),
+        (
+            [1] * 200,
+            [1] * 200,
+            {"kind": "within", "margin": 0.01},
+            "not confirmed",
+        ),  # none of 200 may be 1 in 70
         ([1] * 19 + [0], [1] * 20, {"kind": "within", "margin": 0.01}, "not confirmed"),
     ],
 )

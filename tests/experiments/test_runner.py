@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from userllm.cli import main
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore
 from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
+from userllm.experiments.figures import length_figure
 from userllm.experiments.report import write_experiment_report
 from userllm.experiments.runner import Runner
 
@@ -113,6 +115,24 @@ def test_the_report(done):
     assert "<script" not in page.read_text(encoding="utf-8")
 
 
+def test_score_against_length(done):
+    """A line through the cells of a series, at the events and tokens that their language models get."""
+    out, _ = done
+    cells = {
+        name: [CellStore(out).find(settings_hash(FAMILY.settings(name, "smoke", 0, QUICK)))]
+        for name in ("reference", "proj")
+    }
+    assert length_figure(FAMILY, cells, "next_item", "recall@10") is None
+    drawn = replace(FAMILY, curves={"one": ("reference", "proj"), "none": ("tp50",)})
+    figure = length_figure(drawn, cells, "next_item", "recall@10")
+    [line] = figure.axes[0].get_lines()
+    assert line.get_xdata().tolist() == [20, 20]
+    value = cells["proj"][0].metrics["tasks"]["next_item"]["user_llm"]["recall@10"]["value"]
+    assert line.get_ydata()[1] == pytest.approx(value)
+    page = write_experiment_report(drawn, "smoke", out, extra=QUICK)
+    assert "figures/family-smoke-lengths.png" in page.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_a_report_of_nothing(tmp_path):
     with pytest.raises(UserError, match="no cell of family"):
         write_experiment_report(FAMILY, "smoke", tmp_path)
@@ -130,15 +150,20 @@ def test_an_unknown_cell(capsys):
     assert "no cell 'nothing'" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", experiment_names())
-def test_whole(name, tmp_path):
-    """Every cell of every experiment, each in its own process, as a user would run it."""
-    where = ["--scale", "smoke", "--out", str(tmp_path)]
+def test_whole(name, whole):
+    """Every cell of every experiment, each in its own process, as a user would run it; what two share is done once."""
+    where = ["--scale", "smoke", "--out", str(whole)]
     assert main(["experiments", "run", name, *where]) == 0
     assert main(["experiments", "report", name, *where]) == 0
-    text = (tmp_path / f"{name}-smoke.md").read_text(encoding="utf-8")
+    text = (whole / f"{name}-smoke.md").read_text(encoding="utf-8")
     assert "not run" not in text
-    for file in (tmp_path / "cells").glob("*.json"):
+    for file in (whole / "cells").glob("*.json"):
         assert json.loads(file.read_text())["metrics"]["dataset"]["name"] == "synthetic"

@@ -80,11 +80,14 @@ def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
     else:
         from userllm.data.history_file import read_history
         from userllm.data.vocabulary import Vocabulary
+        from userllm.saved_model import saved_fusion
 
         fields = [
             field.name for field in Vocabulary.load(folder / "vocabulary.json") if field.level == "event"
         ]
-        history = read_history(file, [name for name in fields if name != "item"])
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        texts = saved_fusion(saved["fusion"]).text.texts
+        history = read_history(file, [*(name for name in fields if name != "item"), *texts])
 
     from userllm.model import UserLLM
 

