@@ -132,7 +132,8 @@ def main() -> None:
         began = time.perf_counter()
         found = WAYS[args.way](args.log, args.out, args.memory)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(found | {"seconds": time.perf_counter() - began, "peak_mib": round(peak, 1)}))
+        spent = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time()}
+        print(json.dumps(found | spent | {"peak_mib": round(peak, 1)}))
         return
     ways = ["userllm"] if args.without_pandas else ["userllm", "pandas"]
     results: dict[str, list[dict]] = {way: [] for way in [*ways, "first_batch"]}

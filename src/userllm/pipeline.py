@@ -46,7 +46,7 @@ from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import Recommendation, UserLLM, encoder_for
+from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import OpenTask, Review, build_task
@@ -99,9 +99,15 @@ class Run:
                             prepare_synthetic(folder)
                         else:
                             prepare(str(data.release), data.path, folder)
-                Dataset.open(folder)
-                _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
+                used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+                _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
+        used = json.loads((self.folder / "dataset.json").read_text())
+        if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
+            raise UserError(
+                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
+                f"items into its model with `userllm grow {self.folder}`"
+            )
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
@@ -125,7 +131,7 @@ class Run:
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if from_text:
-                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
+                    self._start_from_text(encoder, file.parent / TEXT_START)
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -237,6 +243,9 @@ class Run:
             strategy.name,
             adapter,
         )
+        start = self.folder / "pretrain" / "encoder" / TEXT_START
+        if start.is_file():
+            model.text_start = TextStart.load(start)
         model.check_head()
         apply_strategy(model, strategy.name, adapter)
         return model

@@ -122,12 +122,12 @@ class FavoriteCategory(ClosedTask):
             )
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
-        values = sorted({v for row in lists for v in row if v is not None})
+        values = sorted({v for row in lists for v in row or () if v is not None})
         super().__init__(name, config, values)
         number = {value: i for i, value in enumerate(values)}
         self._has = np.zeros((len(lists), len(values)), dtype=np.int32)
         for row, names in enumerate(lists):
-            for value in names:
+            for value in names or ():
                 if value is not None:
                     self._has[row, number[value]] = 1
 
