@@ -26,6 +26,8 @@ class DataConfig:
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
+    descriptions: Path | None = None
+    """A CSV file (also gzipped) with MovieLens's movieId and an overview: the movies' field ``description``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
     """Fields the encoder reads and predicts, the item first (paper: name, rating, genre). Any declared field, and
     ``time_gap``: how long before an event the user's previous one was (ours)."""
@@ -70,6 +72,10 @@ class RunConfig:
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
+        if self.data.descriptions is not None and self.data.folder is not None:
+            raise UserError(
+                "data.descriptions goes with data.release; prepare data.folder with descriptions instead"
+            )
         if encoder.kind == "dual":
             if encoder.label not in self.data.fields:
                 raise UserError(f"encoder.label {encoder.label} is not one of data.fields")

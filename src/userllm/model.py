@@ -17,11 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
+from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import (
-    EncoderConfig,
-    UserEncoder,
-)
+from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 from userllm.fusion.config import FusionConfig
@@ -336,6 +334,8 @@ class UserLLM(ContextualLM):
             partial = Path(scratch) / "model"
             partial.mkdir()
             save_weights(self.encoder.state_dict(), partial / "encoder.safetensors")
+            if isinstance(self.encoder, TextEncoder):
+                self.encoder.save_texts(partial / "sentences")
             save_weights(self._fusion_weights(), partial / "fusion.safetensors")
             self.collator.vocabulary.save(partial / "vocabulary.json")
             self.collator.items.write_parquet(partial / "items.parquet")
@@ -452,6 +452,9 @@ class UserLLM(ContextualLM):
         collator = HistoryCollator(items, saved_vocabulary(folder, saved))
         encoder = saved_encoder(file, saved, encoder)
         fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
+        if isinstance(encoder, TextEncoder):
+            texts = encoder.config.texts(items, collator.vocabulary)
+            encoder.use(TextStore.read(folder / "sentences"), texts)
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(
             base,

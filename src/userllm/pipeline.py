@@ -30,8 +30,9 @@ from userllm.data.sources.fetch import cache_folder
 from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, UserEncoder
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, TextConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
@@ -39,6 +40,7 @@ from userllm.evaluation.knowledge import knowledge_kept
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
+from userllm.language_models.sentences import find_sentence_encoder
 from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import UserLLM, encoder_for
 from userllm.model_card import add_to_description
@@ -84,16 +86,19 @@ class Run:
                 folder = data.folder
                 if folder is None:
                     folder = cache_folder() / "datasets" / str(data.release)
-                    if data.path is not None or not (folder / "card.json").is_file():
-                        folder = folder if data.path is None else self.folder / "dataset"
+                    own = data.path is not None or data.descriptions is not None
+                    if own or not (folder / "card.json").is_file():
+                        folder = self.folder / "dataset" if own else folder
                         release = data.release if data.release != "movielens" else None
-                        prepare_movielens(data.path, folder, release)
+                        prepare_movielens(data.path, folder, release, data.descriptions)
                 Dataset.open(folder)
                 _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
         self.dataset = Dataset.open(self._dataset_folder())
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
+        if isinstance(self.config.encoder, TextConfig):
+            self.texts = self._encode_texts(self.config.encoder)
         say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
 
     def do_pretrain(self) -> None:
@@ -108,6 +113,7 @@ class Run:
                 self._need("dataset", "data")
                 set_seed(self.config.seed)
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
+                self._give_texts(encoder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if from_text:
                     self._start_from_text(encoder, file.parent / "text_start.safetensors")
@@ -184,7 +190,33 @@ class Run:
         encoder.load_state_dict(
             load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain"))
         )
+        self._give_texts(encoder)
         return encoder
+
+    def _encode_texts(self, config: TextConfig) -> TextStore:
+        """The store beside the dataset, with every text the encoder will ask for."""
+        found = find_sentence_encoder(config.sentences)
+        store = TextStore.open(
+            self.dataset.folder / "sentences" / config.sentences.replace("/", "--"), found.card
+        )
+        texts = [
+            text for column in config.texts(self.dataset.items, self.vocabulary).values() for text in column
+        ]
+        if missing := len(store.missing(texts)):
+            say(f"data: {missing:,} distinct texts to encode with {config.sentences}, into {store.folder}")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            began = time.time()
+            store.add(
+                texts,
+                found.load().to(device).encode,
+                lambda done, of: say(f"  {done:,} of {of:,}, {done / (time.time() - began):.0f} texts/s"),
+            )
+        return store
+
+    def _give_texts(self, encoder: UserEncoder) -> None:
+        """A text encoder reads the catalogue's texts from the store; any other needs none."""
+        if isinstance(encoder, TextEncoder):
+            encoder.use(self.texts, encoder.config.texts(self.dataset.items, self.vocabulary))
 
     def _start_from_text(self, encoder: UserEncoder, file: Path) -> None:
         """Item embeddings from the titles; what a new title's embedding needs is written to ``file``."""

@@ -48,7 +48,7 @@ def test_the_default_is_the_autoregressive_encoder():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["encoder.kind=bert"], "encoder.kind is 'bert'; use autoregressive, dual or bert4rec"),
+        (["encoder.kind=bert"], "encoder.kind is 'bert'; use autoregressive, dual, bert4rec or text"),
         (["encoder.kind=null"], "encoder.kind is None"),
         (["encoder.hidden_share=0.5"], "encoder.hidden_share is a setting of encoder.kind=bert4rec; this"),
         (["encoder.kind=dual", "encoder.hidden_share=0.5"], "setting of encoder.kind=bert4rec; this encoder is dual"),

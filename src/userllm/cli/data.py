@@ -30,6 +30,12 @@ def add_parser(commands: Any) -> None:
     prepare_parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
     prepare_parser.add_argument("--path", type=Path, metavar="P", help="your own copy: a folder or a zip")
     prepare_parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: data/NAME)")
+    prepare_parser.add_argument(
+        "--descriptions",
+        type=Path,
+        metavar="FILE",
+        help="a CSV file with movieId and overview of MovieLens movies",
+    )
     prepare_parser.set_defaults(command=prepare)
 
     inspect_parser = add_command(
@@ -49,7 +55,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     out = arguments.out or Path("data") / arguments.name
     release = None if arguments.name == "movielens" else arguments.name
-    print(describe_card(prepare_movielens(arguments.path, out, release)))
+    print(describe_card(prepare_movielens(arguments.path, out, release, arguments.descriptions)))
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 import polars as pl
 
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
+from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.releases import find_release
 from userllm.data.store import Dataset, FieldSpec, Source, check_writable, write_dataset
@@ -33,6 +34,7 @@ FIELDS = (
     FieldSpec("year", "item", "single"),
     FieldSpec("title", "item", "text"),
 )
+DESCRIPTION = FieldSpec("description", "item", "text")
 GENRES_100K = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
     *(
@@ -79,10 +81,13 @@ class Layout:
     movies: Callable[[SourceFile], Iterator[Movie]]
 
 
-def prepare_movielens(path: Path | None, out: Path, release: str | None = None) -> Dataset:
+def prepare_movielens(
+    path: Path | None, out: Path, release: str | None = None, descriptions: Path | None = None
+) -> Dataset:
     """Prepare a MovieLens release as a dataset in ``out``.
 
     path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k" or "-1m") by itself.
+    descriptions: a CSV file with movieId and overview, which becomes the movies' field ``description``.
     Raises UserError for anything wrong with the copy, naming file and line.
     """
     check_writable(out)
@@ -93,12 +98,15 @@ def prepare_movielens(path: Path | None, out: Path, release: str | None = None) 
     out.parent.mkdir(parents=True, exist_ok=True)
     with opened(path, scratch=out.parent) as (layout, ratings, movies):
         items = read_movies(layout, movies)
+        if descriptions is not None:
+            items = with_descriptions(items, descriptions)
         events, users = read_ratings(layout, ratings, items, movies.label)
         if source is None:
             file = path if path.is_file() else ratings.path
             source = Source("movielens", str(path), file.name, sha256_of(file), "path")
+        fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
         return write_dataset(
-            out, events, items, users, name=release or "movielens", source=source, fields=FIELDS
+            out, events, items, users, name=release or "movielens", source=source, fields=fields
         )
 
 
