@@ -88,7 +88,7 @@ def main() -> None:
     run = Run(config, plain)
     run.do_data()
     assert config.pretrain is not None
-    dataset = reference.train_dataset(reference.read_histories(run.dataset.folder / "events.parquet"))
+    dataset = reference.train_dataset(reference.read_histories(run.dataset.folder))
     size = config.encoder
     theirs = (dataset, args.events, size.width, size.layers, size.max_length, args.sequences)
     rates = alternate(

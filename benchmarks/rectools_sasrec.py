@@ -53,10 +53,11 @@ Histories = list[np.ndarray]  # per user: item ids in order, targets included
 def read_histories(path: Path) -> Histories:
     """Item ids of each user in time order, ties by source row order.
 
-    `path` is a prepared dataset's events.parquet (user, item, time) or a RecBole `.inter` file.
+    `path` is a prepared dataset, or a RecBole `.inter` file.
     """
-    if path.suffix == ".parquet":
-        events = pl.read_parquet(path, columns=["user", "item", "time"])
+    if path.is_dir():
+        files = path / json.loads((path / "card.json").read_text())["files"]
+        found = np.split(np.load(files / "events" / "item.npy"), np.load(files / "offsets.npy")[1:-1])
     else:
         raw = pl.read_csv(path, separator="\t", quote_char=None)
         raw = raw.rename({name: name.split(":")[0] for name in raw.columns})
@@ -65,9 +66,9 @@ def read_histories(path: Path) -> Histories:
             item=pl.col("item_id").rank("dense"),
             time=pl.col("timestamp").cast(pl.Int64),
         )
-    events = events.sort("user", "time", maintain_order=True)
-    grouped = events.group_by("user", maintain_order=True).agg("item")
-    histories = [np.asarray(items, dtype=np.int64) for items in grouped["item"].to_list()]
+        events = events.sort("user", "time", maintain_order=True)
+        found = events.group_by("user", maintain_order=True).agg("item")["item"].to_list()
+    histories = [np.asarray(items, dtype=np.int64) for items in found]
     return [history for history in histories if len(history) >= MIN_EVENTS]
 
 
@@ -288,7 +289,9 @@ LOSS_POSITIONS = {"all": TransformerLightningModule, "targets": TargetPositionsM
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="RecTools SASRec reference, leave-last-out, full ranking.")
-    parser.add_argument("--events", type=Path, required=True, help="events.parquet or a RecBole .inter file")
+    parser.add_argument(
+        "--events", type=Path, required=True, help="a prepared dataset or a RecBole .inter file"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON report, rewritten after each evaluation"
     )

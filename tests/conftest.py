@@ -235,7 +235,7 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
 
     def make(
         strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True,
-        encoder=None, **fusion
+        encoder=None, more_tasks=None, **fusion
     ) -> UserLLM:  # fmt: skip
         base, tokenizer, reference = _loaded(lm, dtype)
         base = copy.deepcopy(base)
@@ -251,7 +251,8 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
             tokenizer,
             encoder or make_encoder(max_length=max_length),
             FusionConfig(**(settings | fusion)),
-            {name: build_task(name, replace(task), dataset.items) for name, task in TASKS.items()},
+            {name: build_task(name, replace(task), dataset.items) for name, task in TASKS.items()}
+            | (more_tasks or {}),
             stored.collator,
             reference,
             strategy,

@@ -8,7 +8,7 @@ from pathlib import Path
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
-from userllm.evaluation.closed import EvaluationConfig
+from userllm.evaluation.users import EvaluationConfig
 from userllm.fusion.config import FusionConfig
 from userllm.language_models.pretrained import LanguageModelConfig
 from userllm.tasks import TaskConfig

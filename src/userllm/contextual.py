@@ -23,10 +23,12 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.exact import score_answers
+from userllm.decoding.next_token import TextDecoding
 from userllm.decoding.prefix_tree import PrefixTree
 from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.free_text import text_losses, write_texts
 from userllm.fusion.attach import Attachment, UserContext, find_layers
 from userllm.fusion.catalogue import CatalogueBlock
 from userllm.fusion.config import FusionConfig
@@ -35,7 +37,7 @@ from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
-from userllm.tasks import ClosedTask
+from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM
 
 
@@ -60,7 +62,7 @@ class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings (User-LLM section 3).
 
     lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: closed tasks by name.
+    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: by name, closed and open ones.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     """
 
@@ -70,7 +72,7 @@ class ContextualLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         encoder: UserEncoder,
         fusion: FusionConfig,
-        tasks: Mapping[str, ClosedTask],
+        tasks: Mapping[str, Task],
         event_texts: Mapping[str, Sequence[str]] | None = None,
     ):
         super().__init__()
@@ -117,7 +119,7 @@ class ContextualLM(nn.Module):
             getattr(text_config, "final_logit_softcapping", None),
             getattr(text_config, "logit_scale", None) or 1.0,
         )
-        self.answers = {name: self._closed_answers(task) for name, task in self.tasks.items()}
+        self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
         self.attachment = Attachment(lm, blocks, self._catalogue_block())
         self._lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
@@ -139,6 +141,16 @@ class ContextualLM(nn.Module):
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
         self.forget_lower_states()
         return self
+
+    @property
+    def closed_tasks(self) -> dict[str, ClosedTask]:
+        """The tasks with a closed set of answers."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, ClosedTask)}
+
+    @property
+    def open_tasks(self) -> dict[str, OpenTask]:
+        """The tasks that are answered in free text."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, OpenTask)}
 
     # ---- users ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +187,8 @@ class ContextualLM(nn.Module):
     def _catalogue_block(self) -> CatalogueBlock | None:
         if self.config.catalogue is None:
             return None
-        trees = [self.answers[n].tree for n, task in self.tasks.items() if task.config.kind == "next_item"]
+        tasks = self.closed_tasks.items()
+        trees = [self.answers[name].tree for name, task in tasks if task.config.kind == "next_item"]
         if not trees:
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
         if not self.encoder.ranks_items:
@@ -241,6 +254,28 @@ class ContextualLM(nn.Module):
     def window(self) -> int:
         """How many of a history's latest events the LM can attend to."""
         return min(self.config.events, self.encoder.max_length)
+
+    # ---- free text ------------------------------------------------------------------------------------------------
+
+    def text_losses(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        users: UserContext | None,
+        most: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood [E], in nats, of texts behind prompts, and their tokens [E]; see ``free_text``."""
+        return text_losses(self, prompts, targets, users, most)
+
+    def write_texts(
+        self,
+        prompts: Sequence[str],
+        users: UserContext | None,
+        decoding: TextDecoding,
+        numbers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """One new text behind each prompt; see ``free_text``."""
+        return write_texts(self, prompts, users, decoding, numbers)
 
     # ---- closed answers -------------------------------------------------------------------------------------------
 
@@ -488,16 +523,20 @@ class ContextualLM(nn.Module):
         self._prompts.clear()
 
     def check_head(self) -> None:
-        """Compare the logits of chosen tokens with the LM's own forward pass.
+        """Compare the logits with the LM's own forward pass: of the first closed task's tokens, or of all.
 
         Raises UserError where this LM does something to its logits that ``LogitHead`` does not know.
         """
-        closed = next(iter(self.answers.values()))
-        ids = closed.prompt_ids[None]
+        if self.answers:
+            closed = next(iter(self.answers.values()))
+            ids, tokens = closed.prompt_ids[None], closed.tree.vocabulary
+        else:
+            ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.lm.device)
+            tokens = torch.arange(len(self._output_table), device=self.lm.device)
         with torch.no_grad(), self.without_user():
             whole = self.lm(input_ids=ids).logits[0, -1].float()
-            mine = self.head(self._hidden(ids)[0, -1], closed.tree.vocabulary).float()
-        if not torch.allclose(whole[closed.tree.vocabulary], mine, rtol=1e-3, atol=1e-3):
+            mine = self.head(self._hidden(ids)[0, -1], tokens).float()
+        if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce"
             )

@@ -39,7 +39,7 @@ from userllm.saved_model import (
     saved_vocabulary,
     where_from,
 )
-from userllm.tasks import ClosedTask, TaskConfig, build_task
+from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
 FORMAT_VERSION = 1
@@ -78,7 +78,7 @@ class UserLLM(ContextualLM):
         tokenizer: PreTrainedTokenizerBase,
         encoder: UserEncoder,
         fusion: FusionConfig,
-        tasks: Mapping[str, ClosedTask],
+        tasks: Mapping[str, Task],
         collator: HistoryCollator,
         reference: ResolvedLM,
         strategy: Strategy = "enc",
@@ -222,7 +222,7 @@ class UserLLM(ContextualLM):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        users = None if history is None else self.context(self._batch([history]))
+        users = None if history is None else self.context(self._batch([history])).for_free_text()
         begun = 0
         if (users is not None and users.prefix is not None) or (
             self.reads_ahead and inputs["input_ids"].shape[1] > 1
@@ -293,7 +293,19 @@ class UserLLM(ContextualLM):
             raise UserError(
                 f"this model was not trained for a task {name!r}; it knows {', '.join(self.tasks)}"
             )
-        return self.tasks[name]
+        if name not in self.closed_tasks:
+            raise UserError(
+                f"task {name} is answered in free text; use generate with a prompt such as "
+                f"{self.tasks[name].config.prompt!r}"
+            )
+        return self.closed_tasks[name]
+
+    @property
+    def first_closed_task(self) -> str:
+        """The first task that has known answers. Raises UserError where the model was trained for free text only."""
+        if not self.closed_tasks:
+            raise UserError(f"tasks {', '.join(self.tasks)} are answered in free text; use generate")
+        return next(iter(self.closed_tasks))
 
     def _answers_of(self, task: ClosedTask, items: Sequence[str] | None) -> Tensor:
         """Numbers [A] of the answers that go by these names."""

@@ -37,6 +37,9 @@ from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
+from userllm.evaluation.open import OpenEvaluator
+from userllm.evaluation.text_metrics import distinct, length, rouge
+from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
@@ -167,7 +170,8 @@ class Run:
                     model, self.load_encoder(), self.dataset, self.split, self.stored, self.config.evaluation,
                     self.config.seed, say,
                 )  # fmt: skip
-                tasks = {name: evaluator.evaluate(name) for name in model.tasks}
+                tasks = {name: evaluator.evaluate(name) for name in model.closed_tasks}
+                tasks |= self._evaluate_texts(model, evaluator.users)
                 examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
                 metrics = self._metrics(model, tasks, evaluator)
@@ -256,14 +260,14 @@ class Run:
         user, start, stop = (int(x) for x in row)
         history: UserHistory = self.dataset.history(user, start, stop)
         target = self.dataset.history(user, stop, stop + 1).events[0]
-        task = "next_item" if "next_item" in model.tasks else next(iter(model.tasks))
         try:
+            task = "next_item" if "next_item" in model.closed_tasks else model.first_closed_task
             weights = {id(a.event): a.weight for a in model.explain(history, task=task)}
         except UserError:
-            weights = {}  # a Perceiver stands between: the report says that no weights were recorded
+            weights = {}  # a Perceiver stands between, or nothing is asked: the report says that none were recorded
         window = self.split.visible(model.window)
         answers = {}
-        for name, closed in model.tasks.items():
+        for name, closed in model.closed_tasks.items():
             truth = int(closed.targets(self.dataset, np.array([user]), np.array([stop]), window)[0])
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
@@ -284,6 +288,18 @@ class Run:
             "target": model.title(target.item),
             "tasks": answers,
         }
+
+    def _evaluate_texts(self, model: UserLLM, users: EvaluatedUsers) -> dict[str, Any]:
+        """Entries of the tasks that are answered in free text; the texts themselves go to texts/TASK.jsonl."""
+        config, seed = self.config.evaluation, self.config.seed
+        evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
+        entries = {}
+        for name in model.open_tasks:
+            texts = evaluator.write(name)
+            lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
+            _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
+            entries[name] = evaluator.measure(texts, [rouge, length, distinct])
+        return entries
 
     def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card

@@ -1,9 +1,11 @@
 """Bad input: one clear line that names file and line or field, exit code 2, and nothing left that looks finished."""
 
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -100,16 +102,17 @@ def test_a_release_that_is_not_found_by_itself(userllm, tmp_path):
 
 def test_a_user_without_events(userllm, finished, tmp_path):
     prepared = tmp_path / "tiny"
-    prepared.mkdir()
-    for file in (finished / "runs/demo/dataset").iterdir():
-        (prepared / file.name).write_bytes(file.read_bytes())
-    users = pl.read_parquet(prepared / "users.parquet")
-    ghost = pl.DataFrame({"user": [12], "id": ["ghost"]}, schema=users.schema)
-    pl.concat([users, ghost]).write_parquet(prepared / "users.parquet")
+    shutil.copytree(finished / "runs/demo/dataset", prepared)
     card = json.loads((prepared / "card.json").read_text())
+    files = prepared / card["files"]
+    users = pl.read_parquet(files / "users.parquet")
+    ghost = pl.DataFrame({"user": [12], "id": ["ghost"]}, schema=users.schema)
+    pl.concat([users, ghost]).write_parquet(files / "users.parquet")
+    offsets = np.load(files / "offsets.npy")
+    np.save(files / "offsets.npy", np.append(offsets, offsets[-1]))
     (prepared / "card.json").write_text(json.dumps(card | {"users": 13}))
     said = userllm("data", "inspect", prepared, cwd=tmp_path)
-    assert f"{prepared / 'users.parquet'}: user ghost has no events" in said.error
+    assert f"{files / 'users.parquet'}: user ghost has no events" in said.error
 
 
 @pytest.mark.parametrize(

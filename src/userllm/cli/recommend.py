@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from userllm.events import UserHistory
 
     model, history = open_model(arguments)
-    task = arguments.task or next(iter(model.tasks))
+    task = arguments.task or model.first_closed_task
     nobody = UserHistory(())  # a user without events leaves the language model as it is
     with_user, without_user = model.recommend([history, nobody], arguments.k, task=task)
     if arguments.json:

@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
     if k < 1:
         raise UserError(f"-k is {k}; ask for at least one item")
     model, history = open_model(arguments)
-    task = arguments.task or next(iter(model.tasks))
+    task = arguments.task or model.first_closed_task
     with_user, without_user = model.score([history, UserHistory(())], items, task=task)
     about_items = model.tasks[task].config.kind == "next_item"
     if items is None:
-        items = model.collator.items["id"].to_list() if about_items else model.tasks[task].answers
+        items = model.collator.items["id"].to_list() if about_items else model.closed_tasks[task].answers
     answers = [
         {
             "item": items[n],

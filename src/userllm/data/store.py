@@ -1,91 +1,31 @@
-"""A prepared dataset on disk: events.parquet, items.parquet, users.parquet and card.json in one folder.
+"""A prepared dataset on disk: card.json, and beside it the files it names: items, users, and a file per event column.
 
 Events are sorted by user, then time; ties keep the order of the source's rows. About half of all MovieLens events share
 a timestamp with another of the same user, so this rule decides test targets, and the card states it.
-A folder is written beside its final place and renamed: one that was interrupted never looks finished.
+Event columns are memory-mapped: opening a dataset reads its items and users, and of the events what is looked at.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from userllm.data.card import FORMAT_VERSION, TIE_RULE, DatasetCard, FieldSpec, RowCounts, Source
+from userllm.data.columns import ColumnWriter, Texts, TextWriter, column_file, fingerprint, read_column
+from userllm.data.commit import check_writable, files_name, put_in_place, scratch_beside
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 
-FORMAT_VERSION = 1
-TIE_RULE = "events of one user at one time keep the order of the source's rows"
+__all__ = ["Dataset", "DatasetCard", "FieldSpec", "RowCounts", "Source", "check_writable", "write_dataset"]
+
 KEY_COLUMNS = ("user", "item", "time")
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """A declared feature: known per event (rating) or per item (genres); one value, several, or text."""
-
-    name: str
-    level: Literal["event", "item"]
-    kind: Literal["single", "multi", "text"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the raw data came from: kind ("movielens"), place, file and its sha256, and which source served it."""
-
-    kind: str
-    where: str
-    file: str
-    sha256: str
-    served_by: str
-
-
-@dataclass(frozen=True)
-class DatasetCard:
-    """What card.json says. ``time_span``: first and last event, seconds since 1970. Counts are of the prepared data."""
-
-    format_version: int
-    name: str
-    source: Source
-    users: int
-    items: int
-    events: int
-    time_span: tuple[int, int]
-    tie_rule: str
-    fields: tuple[FieldSpec, ...]
-    fingerprint: str
-    filters: tuple[str, ...]
-    created_by: str
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: Path) -> DatasetCard:
-        """Raises UserError where the text is no card of this format version."""
-        try:
-            raw: dict[str, Any] = json.loads(text)
-            if raw["format_version"] != FORMAT_VERSION:
-                raise UserError(
-                    f"{where}: format_version is {raw['format_version']}, this userllm reads {FORMAT_VERSION}; "
-                    "prepare the dataset again"
-                )
-            raw["source"] = Source(**raw["source"])
-            raw["time_span"] = tuple(raw["time_span"])
-            raw["fields"] = tuple(FieldSpec(**field) for field in raw["fields"])
-            raw["filters"] = tuple(raw["filters"])
-            return cls(**raw)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where}: not a dataset card ({error}); prepare the dataset again") from error
+AGAIN = "prepare the dataset again"
 
 
 class Dataset:
@@ -93,21 +33,27 @@ class Dataset:
 
     items: one row per catalogue item (item, id, title, genres, year), also items without events.
     offsets: [users + 1] int64; the events of user u are ``offsets[u]:offsets[u + 1]``.
-    events: "item" (int32, row of ``items``), "time" (int64, s) and the declared event fields ("rating", float32).
+    events: "item" (int32, row of ``items``), "time" (int64, s) and the declared event fields ("rating", float32) but
+    texts, which ``event_texts`` reads.
     """
 
     def __init__(
-        self, folder: Path, card: DatasetCard, items: pl.DataFrame, users: pl.DataFrame, events: pl.DataFrame
+        self,
+        folder: Path,
+        card: DatasetCard,
+        items: pl.DataFrame,
+        users: pl.DataFrame,
+        offsets: np.ndarray,
+        events: dict[str, np.ndarray],
     ):
         self.folder = folder
         self.card = card
         self.items = items
         self.user_ids: list[str] = users["id"].to_list()
-        counts = np.bincount(events["user"].to_numpy(), minlength=len(self.user_ids))
-        self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.events: dict[str, np.ndarray] = {
-            name: events[name].to_numpy() for name in events.columns if name != "user"
-        }
+        self.offsets = offsets
+        texts = {spec.name for spec in card.fields if spec.level == "event" and spec.kind == "text"}
+        self.events = {name: column for name, column in events.items() if name not in texts}
+        self._text_starts = {name: events[name] for name in texts}
 
     @classmethod
     def open(cls, folder: Path | str) -> Dataset:
@@ -119,24 +65,31 @@ class Dataset:
                 f"{folder}: not a prepared dataset (no card.json); make one with `userllm data prepare`"
             )
         card = DatasetCard.from_json(card_file.read_text(encoding="utf-8"), card_file)
-        frames = {}
-        for name, rows in (("items", card.items), ("users", card.users), ("events", card.events)):
-            file = folder / f"{name}.parquet"
-            try:
-                frames[name] = pl.read_parquet(file)
-            except (OSError, pl.exceptions.PolarsError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); prepare the dataset again") from error
-            if len(frames[name]) != rows:
-                raise UserError(
-                    f"{file}: {len(frames[name])} rows, the card says {rows}; prepare the dataset again"
-                )
-        dataset = cls(folder, card, **frames)
+        files = folder / card.files
+        items = _table(files / "items.parquet", card.items)
+        users = _table(files / "users.parquet", card.users)
+        if card.format_version == 1:
+            offsets, events = _format_1(files, card)
+        else:
+            names = [
+                "item",
+                "time",
+                *(f.name for f in card.fields if f.level == "event" and f.name != "item"),
+            ]
+            events = {name: _column(files / "events", name, card.events) for name in names}
+            offsets = _column(files, "offsets", card.users + 1)
+        if offsets[0] != 0 or offsets[-1] != card.events or (np.diff(offsets) < 0).any():
+            raise UserError(f"{column_file(files, 'offsets')}: does not fit the events; {AGAIN}")
+        dataset = cls(folder, card, items, users, offsets, events)
         if (dataset.lengths == 0).any():
             empty = dataset.user_ids[int(dataset.lengths.argmin())]
-            raise UserError(
-                f"{folder / 'users.parquet'}: user {empty} has no events; prepare the dataset again"
-            )
+            raise UserError(f"{files / 'users.parquet'}: user {empty} has no events; {AGAIN}")
         return dataset
+
+    @property
+    def files(self) -> Path:
+        """The folder of the files that card.json names."""
+        return self.folder / self.card.files
 
     @property
     def num_users(self) -> int:
@@ -162,8 +115,23 @@ class Dataset:
 
     @cached_property
     def event_fields(self) -> tuple[str, ...]:
-        """Declared fields that each event has a value of, besides the item."""
+        """Declared fields that each event has a value of, besides the item and texts."""
         return tuple(name for name in self.events if name not in KEY_COLUMNS)
+
+    def event_texts(self, name: str, rows: Iterable[int]) -> list[str]:
+        """The text field ``name`` of the events ``rows`` (row numbers of ``events``), "" where an event has none.
+
+        Only these texts are read from the disk. Raises UserError where there is no such text field.
+        """
+        if name not in self._text_starts:
+            known = ", ".join(self._text_starts) or "none"
+            raise UserError(f"{self.folder}: events have no text field {name!r}; text fields: {known}")
+        index = np.fromiter(rows, dtype=np.int64)
+        return self._texts.at(self._text_starts[name][index].tolist())
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return Texts(self.files / "texts.bin")
 
     def user_index(self, raw_id: str) -> int:
         """The number of the user with this raw id. Raises UserError where there is none."""
@@ -196,30 +164,33 @@ class Dataset:
         return UserHistory(events, self.user_ids[user])
 
 
-def fingerprint(events: pl.DataFrame, items: pl.DataFrame) -> str:
-    """sha256 of the ordered events: user number, item title and every event column ("rating", "time").
-
-    Titles stand for items, so that two copies of one release with different raw ids have one fingerprint.
-    """
-    digest = hashlib.sha256(f"events v{FORMAT_VERSION}".encode())
-    titles = np.array(
-        [int.from_bytes(hashlib.sha256(title.encode()).digest()[:8], "little") for title in items["title"]],
-        dtype="<u8",
-    )
-    for name in sorted(events.columns):
-        column = events[name].to_numpy()
-        values = titles[column] if name == "item" else column
-        digest.update(f"{name}:{values.dtype.str}:{len(values)};".encode())
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
+def _table(file: Path, rows: int) -> pl.DataFrame:
+    try:
+        frame = pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {AGAIN}") from error
+    if len(frame) != rows:
+        raise UserError(f"{file}: {len(frame)} rows, the card says {rows}; {AGAIN}")
+    return frame
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError where ``folder`` holds something else than a prepared dataset, which must not be replaced."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() and not (folder / "card.json").is_file():
-        raise UserError(f"{folder}: exists and is no prepared dataset; choose another folder or remove it")
+def _column(folder: Path, name: str, rows: int) -> np.ndarray:
+    file = column_file(folder, name)
+    try:
+        column = read_column(folder, name)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); {AGAIN}") from error
+    if len(column) != rows:
+        raise UserError(f"{file}: {len(column)} rows, the card says {rows}; {AGAIN}")
+    return column
+
+
+def _format_1(folder: Path, card: DatasetCard) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Events of userllm 0.1, in one Parquet file: they are read whole."""
+    events = _table(folder / "events.parquet", card.events)
+    counts = np.bincount(events["user"].to_numpy(), minlength=card.users)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return offsets, {name: events[name].to_numpy() for name in events.columns if name != "user"}
 
 
 def write_dataset(
@@ -235,7 +206,7 @@ def write_dataset(
 ) -> Dataset:
     """Sort, check and write a dataset; an earlier dataset in ``folder`` is replaced once the new one is whole.
 
-    events: user, item (row of ``items``), time, and the event fields, in the source's row order.
+    events: user, item (row of ``items``), time, and the event fields, in the source's row order; text fields too.
     items: id, title, genres, year, and any further declared item field. users: id, by user number.
     Raises UserError where there are no events or items, or a user without events.
     """
@@ -244,9 +215,9 @@ def write_dataset(
         raise UserError(f"{source.where}: the catalogue is empty; a dataset needs at least one item")
     if events.is_empty():
         raise UserError(f"{source.where}: there are no events; a dataset needs at least one")
-    event_fields = [f.name for f in fields if f.level == "event" and f.name != "item"]
+    event_fields = [f for f in fields if f.level == "event" and f.name != "item"]
     types: dict[str, Any] = {"user": pl.Int32, "item": pl.Int32, "time": pl.Int64}
-    types |= dict.fromkeys(event_fields, pl.Float32)
+    types |= {f.name: pl.String if f.kind == "text" else pl.Float32 for f in event_fields}
     events = events.select(pl.col(column).cast(dtype) for column, dtype in types.items())
     events = events.sort("user", "time", maintain_order=True)
     counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
@@ -254,36 +225,55 @@ def write_dataset(
         raise UserError(
             f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user"
         )
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     items = items.drop("item", strict=False).with_row_index("item").cast({"item": pl.Int32})
     users = users.select(pl.int_range(pl.len(), dtype=pl.Int32).alias("user"), pl.col("id"))
-    times = events["time"].to_numpy()
-    card = DatasetCard(
-        format_version=FORMAT_VERSION,
-        name=name,
-        source=source,
-        users=len(users),
-        items=len(items),
-        events=len(events),
-        time_span=(int(times.min()), int(times.max())),
-        tie_rule=TIE_RULE,
-        fields=tuple(fields),
-        fingerprint=fingerprint(events, items),
-        filters=tuple(filters),
-        created_by=_created_by(),
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
-    ) as scratch:
-        partial = Path(scratch) / "dataset"
-        partial.mkdir()
-        for part, frame in (("events", events), ("items", items), ("users", users)):
-            frame.write_parquet(partial / f"{part}.parquet")
-        (partial / "card.json").write_text(card.to_json(), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "replaced")
-        os.replace(partial, folder)
-    return Dataset(folder, card, items, users, events)
+    with scratch_beside(folder) as scratch:
+        files = Path(scratch) / "files"
+        (files / "events").mkdir(parents=True)
+        items.write_parquet(files / "items.parquet")
+        users.write_parquet(files / "users.parquet")
+        write_column(files, "offsets", offsets)
+        texts = TextWriter(files / "texts.bin") if any(f.kind == "text" for f in event_fields) else None
+        for column in events.columns[1:]:
+            if types[column] == pl.String:
+                assert texts is not None
+                values = texts.append(events[column].to_list())
+            else:
+                values = events[column].to_numpy()
+            write_column(files / "events", column, values)
+        if texts is not None:
+            texts.close()
+        times = events["time"].to_numpy()
+        columns = {column: read_column(files / "events", column) for column in events.columns[1:]}
+        card = DatasetCard(
+            format_version=FORMAT_VERSION,
+            name=name,
+            source=source,
+            users=len(users),
+            items=len(items),
+            events=len(events),
+            time_span=(int(times.min()), int(times.max())),
+            tie_rule=TIE_RULE,
+            fields=tuple(fields),
+            fingerprint=fingerprint(
+                offsets, columns, items["title"], None if texts is None else Texts(files / "texts.bin")
+            ),
+            filters=tuple(filters),
+            created_by=_created_by(),
+            files=files_name(),
+            rows=RowCounts(len(events), len(events)),
+            time="seconds since 1970",
+        )
+        put_in_place(folder, Path(scratch), files, card)
+    return Dataset.open(folder)
+
+
+def write_column(folder: Path, name: str, values: np.ndarray) -> None:
+    """A whole column at once."""
+    writer = ColumnWriter(column_file(folder, name), values.dtype.newbyteorder("<").str)
+    writer.append(values)
+    writer.close()
 
 
 def _created_by() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,34 +22,12 @@ from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.encoders import UserEncoder
-from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
+from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
 from userllm.tasks import ClosedTask, NextItem
-
-
-@dataclass
-class EvaluationConfig:
-    """How a run is evaluated."""
-
-    part: Literal["test", "validation"] = "test"
-    """Part of the split."""
-    users: int | None = None
-    """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
-    list_length: int = 20
-    """Answers the language model gives per user."""
-    beams: int = 20
-    """Hypotheses kept per user in the constrained beam search."""
-    exclude_seen: bool = True
-    """Whether next items already in the history are left out of every system's list."""
-    batch: int = 32
-    """Users answered at once."""
-    knowledge_tokens: int | None = 512
-    """Tokens of the general English text that the LM reads, to see what it still knows; null: all, about 2,000."""
-    knowledge_users: int = 2
-    """Users it reads the text with, one after the other."""
 
 
 @dataclass
@@ -83,24 +61,12 @@ class ClosedEvaluator:
     ):
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
         self.encoder, self.config, self.progress = encoder, config, progress
-        rows = split.examples(config.part, max_length=model.encoder.max_length)
-        self.available = len(rows)
-        if config.users is not None and config.users < len(rows):
-            rng = np.random.default_rng([seed, 11])
-            rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
-        if len(rows) < 2:
-            raise UserError(
-                f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
-            )
-        self.rows = rows
-        # everyone gets somebody else: a random cycle through all users
-        cycle = np.random.default_rng([seed, 13]).permutation(len(rows))
-        self.other = np.empty(len(rows), dtype=np.int64)
-        self.other[cycle] = np.roll(cycle, 1)
+        self.users = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed)
+        self.rows, self.available, self.other = self.users.rows, self.users.available, self.users.other
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
-        task = self.model.tasks[name]
+        task = self.model.closed_tasks[name]
         window = self.split.visible(self.model.window)
         targets = task.targets(self.dataset, self.rows[:, 0], self.rows[:, 2], window)
         kept = targets >= 0
@@ -154,7 +120,7 @@ class ClosedEvaluator:
         self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
     ) -> Answered:
         """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
-        task, device = self.model.tasks[name], self.model.lm.device
+        task, device = self.model.closed_tasks[name], self.model.lm.device
         self.model.eval()
         ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
         read = np.full(len(rows), len(self.model.answers[name].prompt_ids))

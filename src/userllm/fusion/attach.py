@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class UserContext:
         prefix = None if self.prefix is None else self.prefix.select(users)
         catalogue = None if self.catalogue is None else self.catalogue[users]
         return UserContext(self.tokens[users], self.mask[users], prefix, catalogue, kept)
+
+    def for_free_text(self) -> UserContext:
+        """The same users without what ``CatalogueBlock`` says, which answers one question only: what comes next."""
+        return replace(self, catalogue=None)
 
 
 @dataclass

@@ -10,7 +10,7 @@ likely to see next. So the user attends to the catalogue,
 
 and the result is added, gated, to what the last layer puts out. Which of the J vectors a text position takes up is for
 its own hidden state to say: at the first token of an answer the first, later the others, and none where the question is
-another.
+another. In free text (``free_text.py``) the block is switched off: titles are no part of the language there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks with a closed set of answers: a prompt, the answers' texts, and who should get which answer when.
+"""Tasks: what is asked, and the right answer. Some have a closed set of answers, others are answered in free text.
 
 A task sees data and texts, never a model. Prompts are configuration: neither paper prints its own, so ours are short
 (the paper allows 32 tokens) and say so.
@@ -35,14 +35,23 @@ class TaskConfig:
     """Softmax over the tokens that continue some answer (ours), or over the LM's whole vocabulary (paper)."""
     teacher: float = 0.0
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
+    target_tokens: int = 64
+    """Free text: leading tokens of a target that are learned and whose likelihood is measured (ours)."""
 
 
-class ClosedTask(ABC):
+class Task(ABC):  # noqa: B024 - what a closed and an open task must do has nothing in common
+    """Something that is asked about a user at a point in time."""
+
+    def __init__(self, name: str, config: TaskConfig):
+        self.name = name
+        self.config = config
+
+
+class ClosedTask(Task):
     """A task whose answers are known beforehand. ``answers`` [N] are distinct texts."""
 
     def __init__(self, name: str, config: TaskConfig, answers: Sequence[str]):
-        self.name = name
-        self.config = config
+        super().__init__(name, config)
         self.answers = list(answers)
 
     @abstractmethod
@@ -51,6 +60,29 @@ class ClosedTask(ABC):
     ) -> np.ndarray:
         """The right answer [E] for each example: user [E], who has had ``ends`` [E] events, of which the model sees
         the latest ``window`` (one number, or [E]). -1 where there is no right answer."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """What an open task asks in one case, and the text that answers it."""
+
+    prompt: str
+    target: str
+
+
+class OpenTask(Task):
+    """A task that is answered in free text. The prompt may differ from case to case.
+
+    It is trained on targets token by token over the LM's whole vocabulary, in nats per token, and evaluated on what the
+    LM writes (``evaluation.open``).
+    """
+
+    @abstractmethod
+    def examples(
+        self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
+    ) -> list[TextExample | None]:
+        """What to ask each user [E], who has had ``ends`` [E] events, of which the model sees the latest ``window``
+        (one number, or [E]). None where there is nothing to ask."""
 
 
 class NextItem(ClosedTask):

@@ -20,6 +20,7 @@ from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.events import HistoryBatch
+from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.training.alignment import AlignmentConfig, align
 from userllm.training.examples import ExampleBatches, Examples
@@ -55,7 +56,8 @@ class ContextualizedLosses(nn.Module):
     """The model as the Trainer sees it: examples in, losses out.
 
     ``loss`` is the mean over examples of the answer's negative log-likelihood in nats, mixed with the teacher's
-    cross-entropy where a task asks for one; ``<task>_nll`` is the plain negative log-likelihood.
+    cross-entropy where a task asks for one; of a text in nats per token, the mean over the batch's tokens (ours: a long
+    text would outweigh a title fifty times). ``<task>_nll`` is the plain negative log-likelihood, likewise.
     """
 
     def __init__(self, model: UserLLM):
@@ -76,13 +78,24 @@ class ContextualizedLosses(nn.Module):
             mine = torch.nonzero(examples.task == number)[:, 0].to(device)
             if len(mine) == 0:
                 continue
-            answers, mix = examples.answers.to(device)[mine], self.model.tasks[name].config.teacher
-            teacher = self._teach(histories, examples, mine) if mix > 0 else None
-            nll, taught = self.model.answer_losses(name, answers, users.select(mine), teacher)
+            if name in self.model.open_tasks:
+                loss = nll = self._text_loss(name, examples, mine, users.select(mine))
+            else:
+                answers, mix = examples.answers.to(device)[mine], self.model.tasks[name].config.teacher
+                teacher = self._teach(histories, examples, mine) if mix > 0 else None
+                nll, taught = self.model.answer_losses(name, answers, users.select(mine), teacher)
+                loss = nll if taught is None else (1 - mix) * nll + mix * taught
             parts[f"{name}_nll"] = nll.detach().mean()
-            loss = nll if taught is None else (1 - mix) * nll + mix * taught
             total = total + loss.sum() / len(examples.task)
         return {"loss": total, **parts}
+
+    def _text_loss(self, name: str, examples: Examples, mine: Tensor, users: UserContext) -> Tensor:
+        """Nats per token of the texts ``mine`` [n], once for each text: [n]."""
+        asked = [text for place in mine.tolist() if (text := examples.texts[place]) is not None]
+        prompts, targets = [text.prompt for text in asked], [text.target for text in asked]
+        most = self.model.tasks[name].config.target_tokens
+        nll, tokens = self.model.text_losses(prompts, targets, users, most)
+        return (nll.sum() / tokens.sum()).expand(len(mine))
 
     @torch.no_grad()
     def _teach(self, histories: HistoryBatch, examples: Examples, mine: Tensor) -> Tensor:

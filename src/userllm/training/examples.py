@@ -14,6 +14,7 @@ from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
+from userllm.tasks import ClosedTask, OpenTask, TextExample
 from userllm.training.trainer import StepBatches
 
 
@@ -27,7 +28,10 @@ class ExampleCounts(Protocol):
 
 @dataclass
 class Examples:
-    """E examples over B histories: which history, how many of its events count, the task, the answer; all [E]."""
+    """E examples over B histories: which history, how many of its events count, the task, the answer; all [E].
+
+    answers: of closed tasks, -1 elsewhere. texts: of open tasks, None elsewhere.
+    """
 
     histories: HistoryBatch
     rows: Tensor
@@ -35,6 +39,7 @@ class Examples:
     tasks: list[str]
     task: Tensor
     answers: Tensor
+    texts: list[TextExample | None]
 
 
 class ExampleBatches(StepBatches):
@@ -92,12 +97,16 @@ class ExampleBatches(StepBatches):
         begins = np.array([begin for _, begin, _ in spans])
         seen = np.minimum(end_of - begins[row_of], self.window)
         answers = np.full(len(row_of), -1)
+        texts: list[TextExample | None] = [None] * len(row_of)
         for number, name in enumerate(names):
-            mine = task_of == number
-            answers[mine] = self.model_tasks[name].targets(
-                self.dataset, user_of[mine], end_of[mine], seen[mine]
-            )
-        keep = answers >= 0
+            mine = np.flatnonzero(task_of == number)
+            asked, case = self.model_tasks[name], (user_of[mine], end_of[mine], seen[mine])
+            if isinstance(asked, ClosedTask):
+                answers[mine] = asked.targets(self.dataset, *case)
+            elif isinstance(asked, OpenTask):
+                for place, text in zip(mine, asked.examples(self.dataset, *case), strict=True):
+                    texts[place] = text
+        keep = (answers >= 0) | np.array([text is not None for text in texts])
         examples = Examples(
             histories=self.stored.batch(spans),
             rows=torch.from_numpy(row_of[keep]),
@@ -105,5 +114,6 @@ class ExampleBatches(StepBatches):
             tasks=names,
             task=torch.from_numpy(task_of[keep]),
             answers=torch.from_numpy(answers[keep]),
+            texts=[texts[place] for place in np.flatnonzero(keep)],
         )
         return {"examples": examples}

@@ -1,0 +1,57 @@
+"""How a dataset folder changes: by one rename. Whoever is killed on the way leaves the old dataset or the new one.
+
+A new folder is made beside its place and renamed. In an old one the new files lie beside the old ones until card.json,
+which names the files that count, is replaced; the old files go afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from userllm.data.card import DatasetCard
+from userllm.errors import UserError
+
+FORMAT_1_FILES = ("events.parquet", "items.parquet", "users.parquet")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where ``folder`` holds something else than a prepared dataset, which must not be replaced."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not (folder / "card.json").is_file():
+        raise UserError(f"{folder}: exists and is no prepared dataset; choose another folder or remove it")
+
+
+def scratch_beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder on the same disk, from which files are renamed into their place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+    )
+
+
+def files_name() -> str:
+    """A name for a dataset's files that no earlier ones had."""
+    return f"data-{secrets.token_hex(4)}"
+
+
+def put_in_place(folder: Path, scratch: Path, files: Path, card: DatasetCard) -> None:
+    """Make ``files``, a folder inside ``scratch``, the data of the dataset in ``folder``."""
+    new = scratch / "dataset"
+    new.mkdir()
+    (new / "card.json").write_text(card.to_json(), encoding="utf-8")
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(files, new / card.files)
+        os.replace(new, folder)
+        return
+    os.replace(files, folder / card.files)
+    os.replace(new / "card.json", folder / "card.json")
+    for old in folder.iterdir():
+        if old.name.startswith("data-") and old.name != card.files:
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.name in FORMAT_1_FILES:
+            old.unlink()

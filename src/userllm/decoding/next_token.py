@@ -1,0 +1,60 @@
+"""How a free text goes on: its next token, by settings that are always given and never the language model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from userllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextDecoding:
+    """Settings of free text (ours: the papers name none)."""
+
+    max_new_tokens: int = 64
+    """Tokens of a text at most, its end included."""
+    sample: bool = False
+    """Whether tokens are drawn; otherwise each is the most likely one (greedy)."""
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn."""
+    top_p: float = 1.0
+    """A token is drawn from the fewest most likely ones that have this much probability together; 1: from all."""
+    seed: int = 0
+    """Of the draws. Each text has its own, so that a text does not depend on what is written beside it."""
+
+    def check(self) -> None:
+        """Raise UserError for settings that cannot be used."""
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; a text takes at least one")
+        if self.temperature <= 0:
+            raise UserError(
+                f"temperature is {self.temperature}; it must be above 0 (sample: false is greedy)"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it lies above 0 and is at most 1")
+
+    def draws(self, numbers: Sequence[int]) -> Tensor:
+        """What the tokens of texts are drawn by: [R, max_new_tokens] in 0..1, a function of seed and number alone."""
+        rows = [np.random.default_rng([self.seed, n]).random(self.max_new_tokens) for n in numbers]
+        return torch.from_numpy(np.stack(rows))
+
+    def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """The next token of each text, [R], from logits [R, V] and, where tokens are drawn, ``draws`` [R] in 0..1."""
+        if not self.sample:
+            return logits.argmax(-1)
+        p = torch.softmax(logits.double() / self.temperature, dim=-1)
+        order = None
+        if self.top_p < 1:
+            p, order = p.sort(-1, descending=True)
+            p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0)
+        reached = p.cumsum(-1)
+        wanted = draws.to(reached)[:, None] * reached[:, -1:]
+        place = torch.searchsorted(reached, wanted, right=True)
+        # a draw that rounding puts at the very end belongs to the last token that can be drawn
+        place = torch.minimum(place, (p > 0).cumsum(-1).argmax(-1, keepdim=True))
+        return (place if order is None else order.gather(1, place))[:, 0]

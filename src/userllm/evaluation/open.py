@@ -1,0 +1,183 @@
+"""Evaluation of tasks that are answered in free text: User-LLM against itself with the wrong user, and the base LM.
+
+Every system gets the same prompts. "no_user" is the base LM with the prompt alone: it has not been trained on such
+texts, so beating it says little about users. "user_llm_shuffled" is the trained model with somebody else's history: it
+knows the kind of text as well as User-LLM does, and what it lacks is the user.
+
+What is measured of the texts is a list of functions, ``(targets, texts) -> by name`` one number per text, or one number
+of all texts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from userllm.data.collation import StoredHistories
+from userllm.data.splits import Split
+from userllm.data.store import Dataset
+from userllm.decoding.next_token import TextDecoding
+from userllm.errors import UserError
+from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain
+from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
+from userllm.model import UserLLM
+from userllm.tasks import TextExample
+
+TextMetric = Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray | Estimate | float]]
+"""(targets, texts) -> by name: one number per text [n], which gets an interval and is compared text by text; an
+``Estimate`` of all texts; or a plain number of all texts, where an interval would mean nothing."""
+
+SYSTEMS = ("user_llm", "user_llm_shuffled", "no_user")
+
+
+@dataclass
+class Texts:
+    """What was asked and written: user rows [n, 3], examples [n], texts by system and decoding, losses by system."""
+
+    rows: np.ndarray
+    examples: list[TextExample]
+    written: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    nats: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def targets(self) -> list[str]:
+        return [example.target for example in self.examples]
+
+
+class OpenEvaluator:
+    """Evaluates the open tasks of a model on one part of a split.
+
+    metrics: what is measured of the texts of a task; see ``TextMetric``.
+    """
+
+    def __init__(
+        self,
+        model: UserLLM,
+        dataset: Dataset,
+        split: Split,
+        stored: StoredHistories,
+        users: EvaluatedUsers,
+        config: EvaluationConfig,
+        seed: int,
+        progress: Callable[[str], None] = print,
+    ):
+        self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
+        self.users, self.config, self.seed, self.progress = users, config, seed, progress
+        self.decodings: dict[str, TextDecoding] = {"greedy": config.text.greedy}
+        if config.text.sampled is not None:
+            self.decodings["sampled"] = config.text.sampled
+
+    def write(self, name: str) -> Texts:
+        """Every system's texts. Raises UserError where not two users have something to write."""
+        task = self.model.open_tasks[name]
+        window = self.split.visible(self.model.window)
+        rows = self.users.rows
+        asked = task.examples(self.dataset, rows[:, 0], rows[:, 2], window)
+        places = np.flatnonzero([example is not None for example in asked])
+        most = self.config.text.users
+        if most is not None and most < len(places):
+            rng = np.random.default_rng([self.seed, 17])
+            places = np.sort(rng.choice(places, most, replace=False))
+        if len(places) < 2:
+            raise UserError(f"evaluation of {name}: {len(places)} users have a text; it takes at least two")
+        texts = Texts(rows[places], [example for p in places if (example := asked[p]) is not None])
+        other = rows[self.users.other[places]]
+        self.progress(f"{name}: texts for {len(places)} of {self.users.available} users")
+        for system, histories in zip(SYSTEMS, (texts.rows, other, None), strict=True):
+            self._answer(task.config.target_tokens, texts, system, histories)
+        return texts
+
+    @torch.no_grad()
+    def _answer(self, most: int, texts: Texts, system: str, histories: np.ndarray | None) -> None:
+        """Fill in what one system says, conditioned on ``histories`` (None: the base LM)."""
+        self.model.eval()
+        nats, tokens = [], []
+        written: dict[str, list[str]] = {decoding: [] for decoding in self.decodings}
+        for start in range(0, len(texts.rows), self.config.batch):
+            part = slice(start, start + self.config.batch)
+            examples = texts.examples[part]
+            prompts, targets = [e.prompt for e in examples], [e.target for e in examples]
+            users = None
+            if histories is not None:
+                users = self.model.context(self.stored.batch(histories[part]).to(self.model.lm.device))
+            nll, count = self.model.text_losses(prompts, targets, users, most)
+            nats.append(nll.double().cpu().numpy())
+            tokens.append(count.cpu().numpy())
+            for name, decoding in self.decodings.items():
+                numbers = range(start, start + len(examples))
+                written[name] += self.model.write_texts(prompts, users, decoding, numbers)
+        texts.nats[system] = np.concatenate(nats)
+        texts.tokens = np.concatenate(tokens)
+        texts.written |= {(system, decoding): said for decoding, said in written.items()}
+
+    def measure(self, texts: Texts, metrics: Sequence[TextMetric]) -> dict[str, Any]:
+        """The entry of a task in metrics.json.
+
+        Systems are called as with closed tasks; those with drawn texts end in "_sampled", and "target" is what the
+        users wrote themselves. ``gain`` compares the greedy texts pair by pair, ``gain_nats`` the likelihoods.
+        """
+        entry: dict[str, Any] = {
+            "n": len(texts.rows),
+            "N": self.users.available,
+            "decoding": {name: asdict(decoding) for name, decoding in self.decodings.items()},
+            "whole": {},
+        }
+        measured = {
+            _called(system, decoding): _measured(texts.targets, said, metrics)
+            for (system, decoding), said in texts.written.items()
+        }
+        measured["target"] = _measured(texts.targets, texts.targets, metrics)
+        for called, values in measured.items():
+            entry[called] = {}
+            for name, value in values.items():
+                if isinstance(value, Estimate):
+                    entry[called][name] = value.as_dict()
+                elif isinstance(value, np.ndarray):
+                    entry[called][name] = bootstrap_mean(value).as_dict()
+                else:
+                    entry["whole"].setdefault(called, {})[name] = value
+        for system, nats in texts.nats.items():
+            entry[system]["log_likelihood"] = bootstrap_mean(-nats).as_dict()
+            entry[system]["nats_per_token"] = bootstrap_mean(nats / texts.tokens).as_dict()
+        own = measured["user_llm"]
+        rivals = {"over_shuffled": "user_llm_shuffled", "over_no_user": "no_user"}
+        entry["gain"] = {
+            over: {
+                name: paired_gain(value, against).as_dict()
+                for name, value in own.items()
+                if isinstance(value, np.ndarray) and isinstance(against := measured[rival][name], np.ndarray)
+            }
+            for over, rival in rivals.items()
+        }
+        entry["gain_nats"] = {
+            over: paired_gain(texts.nats[rival], texts.nats["user_llm"]).as_dict()
+            for over, rival in rivals.items()
+        }
+        return entry
+
+    def as_lines(self, texts: Texts) -> list[dict[str, Any]]:
+        """One record per user: prompt, target and every system's text."""
+        return [
+            {
+                "user": self.dataset.user_ids[int(row[0])],
+                "prompt": example.prompt,
+                "target": example.target,
+                **{_called(*key): said[n] for key, said in texts.written.items()},
+            }
+            for n, (row, example) in enumerate(zip(texts.rows, texts.examples, strict=True))
+        ]
+
+
+def _called(system: str, decoding: str) -> str:
+    return system if decoding == "greedy" else f"{system}_{decoding}"
+
+
+def _measured(
+    targets: list[str], texts: list[str], metrics: Sequence[TextMetric]
+) -> dict[str, np.ndarray | Estimate | float]:
+    return {name: value for metric in metrics for name, value in metric(targets, texts).items()}

@@ -1,0 +1,53 @@
+"""What is measured of written texts, one function per kind of measure; see ``evaluation.open.TextMetric``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_WORD = re.compile(r"[a-z0-9']+")
+
+
+def rouge(targets: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """ROUGE-1, ROUGE-2 and ROUGE-Lsum (F-measures, Lin 2004) of each text against its target, by rouge-score.
+
+    Without stemming (the package's default; the paper does not say). ROUGE-Lsum compares sentence by sentence; a
+    sentence ends at ".", "!" or "?" before white space, and at a line's end (ours).
+    """
+    names = ["rouge1", "rouge2", "rougeLsum"]
+    scorer = RougeScorer(names)
+    scores = [scorer.score(_lines(a), _lines(b)) for a, b in zip(targets, texts, strict=True)]
+    return {name: np.array([score[name].fmeasure for score in scores]) for name in names}
+
+
+def length(targets: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Words of each text."""
+    return {"words": np.array([len(_words(text)) for text in texts], dtype=float)}
+
+
+def distinct(targets: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """Distinct-1 and distinct-2 (Li et al. 2016): different n-grams of all texts together, by how many there are.
+
+    They fall with the number and the length of texts, so only sets of the same prompts can be compared.
+    """
+    said: dict[str, float] = {}
+    for n in (1, 2):
+        grams = [
+            tuple(words[i : i + n])
+            for words in map(_words, texts)
+            for i in range(len(words) - n + 1)
+        ]  # fmt: skip
+        said[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else 0.0
+    return said
+
+
+def _lines(text: str) -> str:
+    return _SENTENCE_END.sub("\n", text)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
