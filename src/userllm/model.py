@@ -14,6 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
@@ -22,7 +23,9 @@ from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.attach import UserContext
 from userllm.fusion.config import FusionConfig
+from userllm.fusion.source import decoder_start
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
@@ -223,6 +226,11 @@ class UserLLM(ContextualLM):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         users = None if history is None else self.context(self._batch([history])).for_free_text()
+        if self.has_encoder:
+            settings.decoder_start_token_id = decoder_start(self.lm)
+            source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
+            inputs = {"encoder_outputs": BaseModelOutput(source.states), "attention_mask": source.mask.long()}
+            return self._generated(inputs, settings, users, 0)
         begun = 0
         if (users is not None and users.prefix is not None) or (
             self.reads_ahead and inputs["input_ids"].shape[1] > 1
@@ -234,14 +242,19 @@ class UserLLM(ContextualLM):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             cache.batch_repeat_interleave(num_beams)
             inputs["past_key_values"] = cache
+        return self._generated(inputs, settings, users, inputs["input_ids"].shape[1])
+
+    def _generated(
+        self, inputs: Mapping[str, Any], settings: GenerationConfig, users: UserContext | None, read: int
+    ) -> str:
+        """What transformers writes, without the ``read`` tokens it repeats."""
         shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
             with self._conditioned_or_not(users):
                 output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
         finally:
             self.lm.generation_config = shipped
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return str(self.tokenizer.decode(output[0, read:], skip_special_tokens=True))
 
     @torch.no_grad()
     def explain(self, history: UserHistory, *, task: str = "next_item") -> list[Attended]:

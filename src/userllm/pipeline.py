@@ -350,7 +350,9 @@ class Run:
             ],
         }
 
-    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
+    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any] | None:
+        if model.has_encoder:
+            return None  # it does not continue texts, so there is no perplexity of one
         config = self.config.evaluation
         say("knowledge: a general English text, before and after")
         original = load(self.config.lm)[0].to(model.lm.device) if model.strategy == "full" else None  # type: ignore[arg-type]

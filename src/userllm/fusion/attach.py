@@ -150,11 +150,14 @@ class ReplayLayer(nn.Module):
 def find_layers(lm: nn.Module) -> nn.ModuleList:
     """The LM's decoder layers, found by structure: the one ModuleList as long as ``num_hidden_layers``.
 
-    Raises UserError where there is none or more than one.
+    Lists inside its layers do not count. Raises UserError where there is none or more than one.
     """
+    if getattr(lm.config, "is_encoder_decoder", False):
+        lm = lm.get_decoder()  # type: ignore[operator]
     text_config = lm.config.get_text_config()  # type: ignore[union-attr, operator]
     count = text_config.num_hidden_layers
-    found = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = {n: m for n, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    found = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
     if len(found) != 1:
         raise UserError(
             f"{type(lm).__name__}: expected one list of {count} decoder layers, found {len(found)}; "
