@@ -190,15 +190,15 @@ def test_one_clear_error(make, catalogue, vocabulary, tmp_path):
         UserError, match=r"encoder\.rating 'rated': name one field of the events .*\(rating\)"
     ):
         TextConfig(rating="rated").texts(catalogue, vocabulary)
-    with pytest.raises(UserError, match="field 'rating' is not one of data.fields"):
+    with pytest.raises(UserError, match=r"field 'rating' is not one of data.fields"):
         TextConfig().build([FieldShape("item", False, 9)])
-    with pytest.raises(UserError, match="encoder.parts is"):
+    with pytest.raises(UserError, match=r"encoder.parts is"):
         TextConfig(parts=["title", "title"]).build([FieldShape("item", False, 9)])
-    with pytest.raises(UserError, match="not a multiple of encoder.heads"):
+    with pytest.raises(UserError, match=r"not a multiple of encoder.heads"):
         make(heads=3)
     encoder = make()
     store = TextStore.open(tmp_path / "wide", SentenceEncoderCard("wide", "0" * 64, 9))
-    with pytest.raises(UserError, match="wide makes vectors of width 9; set encoder.sentence_width"):
+    with pytest.raises(UserError, match=r"wide makes vectors of width 9; set encoder.sentence_width"):
         encoder.use(store, encoder.texts)
     with pytest.raises(RuntimeError, match="call use"):
         encoder_for(vocabulary, TextConfig(**SIZES))(

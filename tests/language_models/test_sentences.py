@@ -130,5 +130,5 @@ def test_what_is_not_known_is_refused(tmp_path):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
     with pytest.raises(UserError, match="pooling weightedmean; known are cls, mean, max"):
         find_sentence_encoder(str(folder))
-    with pytest.raises(UserError, match="no such folder.*all-minilm-l6-v2"):
+    with pytest.raises(UserError, match=r"no such folder.*all-minilm-l6-v2"):
         find_sentence_encoder(str(tmp_path / "gone"))
