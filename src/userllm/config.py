@@ -21,7 +21,7 @@ class DataConfig:
     """Which prepared dataset a run uses."""
 
     release: str | None = "movielens-1m"
-    """A data set userllm finds by itself (movielens-100k, movielens-1m); null with ``folder``."""
+    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway); null with ``folder``."""
     path: Path | None = None
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
@@ -64,6 +64,7 @@ class RunConfig:
         if not self.tasks:
             raise UserError("tasks is empty; give at least one task")
         self.fusion.check()
+        self.evaluation.text.check()
         encoder, split = self.encoder, self.split
         if encoder.width % encoder.heads:
             raise UserError(

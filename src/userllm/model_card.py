@@ -22,6 +22,7 @@ STRATEGIES = {
     "proj": "the projection was trained, language model and encoder are frozen",
 }
 _SHOWN = ("recall@1", "recall@5", "recall@10", "ndcg@10")
+_SHOWN_OF_TEXTS = ("rouge1", "rouge2", "rougeLsum")
 
 
 def write_description(folder: Path, description: Mapping[str, Any], name: str) -> None:
@@ -85,10 +86,10 @@ def _facts(description: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "Strategy", f"{description['strategy']}: {STRATEGIES[description['strategy']]}"
     yield "Fusion", ", ".join(f"{key}: {_plain(value)}" for key, value in fusion.items())
     for name, task in description["tasks"].items():
-        yield (
-            f"Task {name}",
-            f'{task["kind"]}, "{task["prompt"]} ...", scores over the {task["normalization"]}',
-        )
+        answers = f"scores over the {task['normalization']}"
+        if task["kind"] == "review":
+            answers = f"writes the {task['target']}"
+        yield f"Task {name}", f'{task["kind"]}, "{task["prompt"].strip()} ...", {answers}'
     yield "Made by", description["created_by"]
 
 
@@ -120,13 +121,13 @@ def _results(run: Mapping[str, Any]) -> Iterable[str]:
         yield "Not measured yet."
         return
     for name, task in run["tasks"].items():
-        systems = {s: row for s, row in task.items() if isinstance(row, Mapping) and "recall@1" in row}
+        shown = _SHOWN if "recall@1" in task["user_llm"] else _SHOWN_OF_TEXTS
+        systems = {s: row for s, row in task.items() if isinstance(row, Mapping) and shown[0] in row}
         yield f"{name.replace('_', ' ').capitalize()}, n = {task['n']:,} of {task['N']:,} users of the held-out part:"
         rows = [
-            (s.replace("_", " "), *(_interval(row[metric]) for metric in _SHOWN))
-            for s, row in systems.items()
+            (s.replace("_", " "), *(_interval(row[metric]) for metric in shown)) for s, row in systems.items()
         ]
-        yield _table(("system", *_SHOWN), rows)
+        yield _table(("system", *shown), rows)
         gains = [f"{_interval(gain)} nats {key.replace('_', ' ')}" for key, gain in task["gain_nats"].items()]
         yield f"Log-likelihood of the true answer: {'; '.join(gains)}."
     if (kept := run["knowledge"]) is not None:  # an encoder-decoder LM has no such perplexity

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
+from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.movielens import prepare_movielens
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
@@ -37,7 +37,9 @@ from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
-from userllm.evaluation.open import OpenEvaluator
+from userllm.evaluation.labels import LabelScores
+from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
+from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
 from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
@@ -48,7 +50,7 @@ from userllm.language_models.text_embeddings import text_embeddings
 from userllm.model import UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
-from userllm.tasks import build_task
+from userllm.tasks import GenrePreference, OpenTask, Review, build_task
 from userllm.training.contextualize import contextualize
 from userllm.training.pretrain import pretrain
 from userllm.training.strategy import apply_strategy, trainable_parameters
@@ -92,14 +94,17 @@ class Run:
                     own = data.path is not None or data.descriptions is not None
                     if own or not (folder / "card.json").is_file():
                         folder = self.folder / "dataset" if own else folder
-                        release = data.release if data.release != "movielens" else None
-                        prepare_movielens(data.path, folder, release, data.descriptions)
+                        prepare(str(data.release), data.path, folder, data.descriptions)
                 Dataset.open(folder)
                 _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
         self.dataset = Dataset.open(self._dataset_folder())
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
+        for name, config in self.config.tasks.items():
+            task = build_task(name, config, self.dataset.items)
+            if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
+                task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
         if isinstance(self.config.encoder, TextConfig):
             self.texts = self._encode_texts(self.config.encoder)
         say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
@@ -298,8 +303,36 @@ class Run:
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
-            entries[name] = evaluator.measure(texts, [rouge, length, distinct])
+            task = model.open_tasks[name]
+            entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
+            if isinstance(task, GenrePreference):
+                entries[name] |= self._label_entries(task, texts)
         return entries
+
+    def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
+        """Answers that are the same for everyone, and every system's scores label by label."""
+        scores = LabelScores(task)
+        training = task.examples(self.dataset, self.split.users, self.split.train_end, 0)
+        said = {
+            system: written for (system, decoding), written in texts.written.items() if decoding == "greedy"
+        }
+        return {
+            **scores.baselines(
+                texts.targets, [example.target for example in training if example is not None]
+            ),
+            "labels": {system: scores.table(texts.targets, written) for system, written in said.items()},
+        }
+
+    def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
+        """What is measured of a task's texts."""
+        if isinstance(task, GenrePreference):
+            return [LabelScores(task)]
+        metrics: list[TextMetric] = [rouge, length, distinct]
+        if isinstance(task, Review) and "rating" in self.dataset.event_fields:
+            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, "rating")
+            events = self.dataset.offsets[texts.rows[:, 0]] + texts.rows[:, 2]
+            metrics.append(reader.agreement(self.dataset.events["rating"][events]))
+        return metrics
 
     def _data_facts(self) -> dict[str, Any]:
         card = self.dataset.card
@@ -339,16 +372,30 @@ class Run:
             "timings_s": {},
             "peak_rss_mb": peak_rss_mb(),
             "tasks": tasks,
-            "notes": [
-                f"{evaluator.available} users can be evaluated; each task says n of N",
-                "next items already in the history are excluded for every system"
-                if self.config.evaluation.exclude_seen
-                else "items already in the history may be recommended again",
-                f"beam search with {self.config.evaluation.beams} beams over the catalogue's trie; a target outside "
-                f"the list of {self.config.evaluation.list_length} counts as a miss",
-                "among equal scores the item that comes first in the catalogue wins",
-            ],
+            "notes": self._notes(model, evaluator),
         }
+
+    def _notes(self, model: UserLLM, evaluator: ClosedEvaluator) -> list[str]:
+        config = self.config.evaluation
+        notes = [f"{evaluator.available} users can be evaluated; each task says n of N"]
+        if model.closed_tasks:
+            notes += [
+                "next items already in the history are excluded for every system"
+                if config.exclude_seen
+                else "items already in the history may be recommended again",
+                f"beam search with {config.beams} beams over the catalogue's trie; a target outside "
+                f"the list of {config.list_length} counts as a miss",
+                "among equal scores the item that comes first in the catalogue wins",
+            ]
+        if model.open_tasks:
+            notes += [
+                "texts: every system gets the same prompt; no user is the base LM, which was not trained on such "
+                "texts; another user's history is the trained model with the wrong user",
+                "ROUGE: F-measure against the whole text the user wrote, rouge-score without stemming; gains compare "
+                "greedy texts pair by pair",
+                "log-likelihoods are of a text's first tokens, as many as the task's target_tokens",
+            ]
+        return notes
 
     def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any] | None:
         if model.has_encoder:

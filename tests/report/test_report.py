@@ -11,7 +11,7 @@ import pytest
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate
 from userllm.report import html, markdown, write_report
-from userllm.report.figures import data_uri, draw, gate_bars, recall_bars, training_curves
+from userllm.report.figures import bars, data_uri, draw, gate_bars, training_curves
 from userllm.report.record import read_run
 from userllm.report.wording import duration, gain, interval, number, standing, summary
 
@@ -281,7 +281,8 @@ def test_a_system_named_like_a_formula_draws(synthetic_run):
         metrics["tasks"]["next_item"]["pay_$1_or_$2"] = metrics["tasks"]["next_item"]["no_user"]
 
     change(synthetic_run / "metrics.json", edit)
-    assert data_uri(recall_bars(read_run(synthetic_run).tasks[0]))
+    task = read_run(synthetic_run).tasks[0]
+    assert data_uri(bars(task, task.recalls))
 
 
 def test_training_curves_by_what_was_logged():

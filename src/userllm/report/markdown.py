@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from userllm.report import figures, wording
-from userllm.report.record import Answers, Example, RunRecord, Task
+from userllm.report.record import Answers, Example, RunRecord, Task, Written
 from userllm.report.wording import GAINS, METRICS, STAGES, SYSTEMS, TASKS, label
 
 _SHOWN_EVENTS = 10
@@ -60,7 +60,8 @@ def _task(task: Task, drawn: list[str]) -> str:
         for system, table in task.systems.items()
     ]
     gains = [(label(against, GAINS), wording.gain(estimate)) for against, estimate in task.gains.items()]
-    name = f"recall-{task.name}"
+    names = [name for kind in ("recall", "rouge") if (name := f"{kind}-{task.name}") in drawn]
+    text_gains = wording.text_gains(task)
     parts = [
         f"## {escape(label(task.name, TASKS))}",
         f"{wording.users(task).capitalize()}; mean over users [95 % interval].",
@@ -71,9 +72,21 @@ def _task(task: Task, drawn: list[str]) -> str:
         ),
         *map(escape, wording.remarks(task)),
         _table(("Gain in log-likelihood of the true answer", "nats per answer"), gains) if gains else "",
-        _picture(name) if name in drawn else "",
+        _table(("Gain, text by text", "", "mean"), text_gains, align="llr") if text_gains else "",
+        *map(_picture, names),
+        *([f"### Texts of the first {len(task.written)} of these users"] if task.written else []),
+        *map(_written, task.written),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _written(written: Written) -> str:
+    rows = [
+        (label(system, SYSTEMS), text)
+        for system, text in [("target", written.target), *written.texts.items()]
+    ]
+    heading = f"**User {escape(written.user)}**, asked: {escape(written.prompt)}"
+    return heading + "\n\n" + _table(("", "Text"), rows, align="ll")
 
 
 def _example(example: Example) -> str:

@@ -14,13 +14,30 @@ from userllm.evaluation.metrics import Estimate
 
 STAGES = ("pretrain", "contextualize")
 
-_NOT_METRICS = ("gain_nats",)
-"""Keys of a task in metrics.json whose value is a table of estimates and yet no system."""
+SHOWN_TEXTS = 10
+"""Texts on show of a task that is answered in free text: those of its first users."""
+
+_NOT_METRICS = ("gain_nats", "gain", "whole", "decoding", "labels")
+"""Keys of a task in metrics.json whose value is a table and yet no system."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was asked about one user, what the user wrote, and every system's text."""
+
+    user: str
+    prompt: str
+    target: str
+    texts: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Task:
-    """The results of one task: estimates by system and metric, and paired gains (nats) by comparison."""
+    """The results of one task: estimates by system and metric, and paired gains (nats) by comparison.
+
+    Of a task that is answered in free text besides: gains by comparison and metric, numbers of all texts together by
+    system, the decoding's settings, and the first texts.
+    """
 
     name: str
     systems: dict[str, dict[str, Estimate]]
@@ -32,6 +49,10 @@ class Task:
     part: str
     """the part of the split: test or validation"""
     invalid_items: int | None
+    text_gains: dict[str, dict[str, Estimate]]
+    whole: dict[str, dict[str, float]]
+    decoding: dict[str, dict[str, Any]]
+    written: list[Written]
 
     @property
     def metrics(self) -> list[str]:
@@ -42,6 +63,11 @@ class Task:
     def recalls(self) -> list[str]:
         """Names of the recall metrics."""
         return [name for name in self.metrics if name.startswith("recall@")]
+
+    @property
+    def rouges(self) -> list[str]:
+        """Names of the ROUGE metrics."""
+        return [name for name in self.metrics if name.startswith("rouge")]
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,8 @@ def read_run(folder: Path) -> RunRecord:
     tasks = []
     for name, table in tables.items():
         inside = f"{where}: tasks.{name}"
-        tasks.append(_task(name, _mapping(table, inside), part, inside))
+        written = _written(folder / "texts" / f"{name}.jsonl")
+        tasks.append(_task(name, _mapping(table, inside), part, inside, written))
     if not tasks:
         raise UserError(f"{where}: tasks is empty; run `userllm evaluate` before the report")
     examples = _list(_json(folder / "examples.json"), str(folder / "examples.json"))
@@ -206,7 +233,24 @@ def _estimate(value: Any, where: str) -> Estimate:
     return Estimate(*(_number(_get(value, key, where), f"{where}.{key}") for key in ("value", "low", "high")))
 
 
-def _task(name: str, task: Mapping[str, Any], part: str, where: str) -> Task:
+def _written(path: Path) -> list[Written]:
+    """The first texts of a task; none where it has no such file."""
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:SHOWN_TEXTS], 1):
+        where = f"{path}, line {number}"
+        try:
+            record = _mapping(json.loads(line), where)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg}); remake it by `userllm evaluate`") from error
+        user, prompt, target = (str(_get(record, key, where)) for key in ("user", "prompt", "target"))
+        texts = {key: str(text) for key, text in record.items() if key not in ("user", "prompt", "target")}
+        found.append(Written(user, prompt, target, texts))
+    return found
+
+
+def _task(name: str, task: Mapping[str, Any], part: str, where: str, written: list[Written]) -> Task:
     systems = {
         system: {metric: _estimate(value, f"{where}.{system}.{metric}") for metric, value in table.items()}
         for system, table in task.items()
@@ -221,6 +265,25 @@ def _task(name: str, task: Mapping[str, Any], part: str, where: str) -> Task:
         users_in_all=task.get("N"),
         part=part,
         invalid_items=task.get("invalid_items"),
+        text_gains={
+            against: {
+                metric: _estimate(value, f"{where}.gain.{against}.{metric}")
+                for metric, value in _mapping(table, f"{where}.gain.{against}").items()
+            }
+            for against, table in _mapping(task.get("gain") or {}, f"{where}.gain").items()
+        },
+        whole={
+            system: {
+                metric: _number(value, f"{where}.whole.{system}.{metric}")
+                for metric, value in _mapping(table, f"{where}.whole.{system}").items()
+            }
+            for system, table in _mapping(task.get("whole") or {}, f"{where}.whole").items()
+        },
+        decoding={
+            name: dict(_mapping(settings, f"{where}.decoding.{name}"))
+            for name, settings in _mapping(task.get("decoding") or {}, f"{where}.decoding").items()
+        },
+        written=written,
     )
 
 

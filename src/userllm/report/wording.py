@@ -18,10 +18,38 @@ SYSTEMS = {
     "own_most_frequent": "User's own most frequent",
     "majority": "Majority class",
     "exact": "Exact answer (upper bound)",
+    "user_llm_sampled": "User-LLM, drawn",
+    "user_llm_shuffled_sampled": "User-LLM, another user's history, drawn",
+    "no_user_sampled": "Same LM, no user, drawn",
+    "target": "What the users wrote",
+    "every_label": "Every label, for everyone",
 }
-TASKS = {"next_item": "Next item", "favorite_genre": "Favourite genre"}
+TASKS = {
+    "next_item": "Next item",
+    "favorite_genre": "Favourite genre",
+    "favorite_category": "Favourite category",
+    "genre_preference": "Genre preference",
+    "review": "Review",
+    "review_rated": "Review, the rating given",
+}
 GAINS = {"over_shuffled": "over another user's history", "over_no_user": "over no user"}
-METRICS = {"log_likelihood": "log-likelihood (nats)", "prompt_tokens": "LM tokens before the answer"}
+METRICS = {
+    "log_likelihood": "log-likelihood (nats)",
+    "prompt_tokens": "LM tokens before the answer",
+    "nats_per_token": "nats per token",
+    "precision": "weighted precision",
+    "recall": "weighted recall",
+    "f1": "weighted F1",
+    "user_f1": "F1 per user",
+    "labels": "labels named",
+    "unknown_words": "unknown words",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeLsum": "ROUGE-Lsum",
+    "rating_agreement": "agreement with the rating",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+}
 STAGES = {
     "data": "Data",
     "pretrain": "User encoder pretraining",
@@ -106,6 +134,9 @@ def checks(run: RunRecord) -> list[Check]:
         if task.name == "favorite_genre" and "recall@1" in ours:
             rivals = [rival for rival in RIVALS if "recall@1" in task.systems.get(rival, {})]
             found += [_comparison(task, "recall@1", rival, part_of_claim=True) for rival in rivals]
+        if "rougeLsum" in ours:
+            rivals = [rival for rival in RIVALS if "rougeLsum" in task.systems.get(rival, {})]
+            found += [_comparison(task, "rougeLsum", rival, part_of_claim=True) for rival in rivals]
         if (
             task.name == "next_item"
             and "recall@10" in ours
@@ -119,7 +150,8 @@ def _comparison(task: Task, metric: str, rival: str, part_of_claim: bool) -> Che
     ours, theirs = task.systems["user_llm"][metric], task.systems[rival][metric]
     relation = "lies above" if ours.above(theirs) else "does not lie above"
     name = label(task.name, TASKS)
-    text = f"{name}: User-LLM's {metric} {interval(ours)} {relation} {interval(theirs)} of {RIVALS[rival]}"
+    shown = METRICS.get(metric, metric)
+    text = f"{name}: User-LLM's {shown} {interval(ours)} {relation} {interval(theirs)} of {RIVALS[rival]}"
     return Check(text, ours.above(theirs), part_of_claim)
 
 
@@ -152,6 +184,10 @@ def _headline(task: Task) -> str:
     ours, base = (task.systems.get(system, {}).get("recall@1") for system in ("user_llm", "no_user"))
     if task.name == "favorite_genre" and ours and base:
         return f"{name} recall@1 {number(ours.value)} with the user against {number(base.value)} without"
+    systems = [task.systems.get(system, {}).get("rougeLsum") for system in ("user_llm", "user_llm_shuffled")]
+    if systems[0] and systems[1]:
+        mine, other = (number(estimate.value) for estimate in systems if estimate)
+        return f"{name} ROUGE-Lsum {mine} with the user against {other} with another user's history"
     against = next(iter(task.gains), None)
     return f"{name} {gain(task.gains[against])} nats {label(against, GAINS)}" if against else ""
 
@@ -164,7 +200,26 @@ def remarks(task: Task) -> list[str]:
         found.append(f"User-LLM's recall@10 is {ours.value / encoder.value:.2f} of the user encoder's own.")
     if task.invalid_items is not None:
         found.append(f"Answers outside the catalogue or labels: {task.invalid_items:,}.")
+    for name, settings in task.decoding.items():
+        told = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in settings.items())
+        found.append(f"Decoding, {'drawn' if name == 'sampled' else name}: {told}.")
+    for metric in dict.fromkeys(name for table in task.whole.values() for name in table):
+        told = ", ".join(
+            f"{label(system, SYSTEMS)} {table[metric]:.3f}"
+            for system, table in task.whole.items()
+            if metric in table
+        )
+        found.append(f"{METRICS.get(metric, metric)} of all texts together: {told}.")
     return found
+
+
+def text_gains(task: Task) -> list[tuple[str, str, str]]:
+    """(over whom, metric, gain) of the greedy texts, pair by pair."""
+    return [
+        (label(against, GAINS), METRICS.get(metric, metric), gain(estimate))
+        for against, table in task.text_gains.items()
+        for metric, estimate in table.items()
+    ]
 
 
 def what_ran(run: RunRecord) -> list[tuple[str, str]]:
@@ -230,6 +285,10 @@ def knowledge_note(run: RunRecord) -> str:
         f"Perplexity on {run.knowledge.tokens:,} tokens of general English; with users: the mean over "
         f"{run.knowledge.users}. Text sha256 {run.knowledge.sha256[:12]}."
     )
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _change(share: float) -> str:

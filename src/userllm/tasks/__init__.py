@@ -8,14 +8,18 @@ from userllm.tasks.base import (
     Task,
     TaskConfig,
     TextExample,
-    build_task,
 )
+from userllm.tasks.build import build_task
+from userllm.tasks.genre_preference import GenrePreference
+from userllm.tasks.review import Review
 
 __all__ = [
     "ClosedTask",
     "FavoriteCategory",
+    "GenrePreference",
     "NextItem",
     "OpenTask",
+    "Review",
     "Task",
     "TaskConfig",
     "TextExample",
