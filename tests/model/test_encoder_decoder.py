@@ -18,6 +18,7 @@ from userllm.language_models.pretrained import LanguageModelConfig, load
 from userllm.model import UserLLM
 from userllm.training.contextualize import ContextualizeConfig, ContextualizedLosses
 from userllm.training.examples import ExampleBatches
+from userllm.training.strategy import trainable_parameters
 
 FUSIONS = {
     "soft prompt": {"kind": "soft_prompt"},
@@ -216,3 +217,14 @@ def test_only_relative_positions(tmp_path):
     bart = BartForConditionalGeneration(BartConfig(vocab_size=30, decoder_attention_heads=2, **sizes))
     with pytest.raises(UserError, match="only the T5 family"):
         has_encoder(bart)
+
+
+def test_a_t5s_own_blocks_are_the_language_models(make_user_llm):
+    """T5 calls its layers "block", too: its weights must not be counted, nor trained, as cross-attention."""
+    model = make_user_llm("full", T5)
+    counts = trainable_parameters(model)
+    own, _, _ = load(LanguageModelConfig(T5))
+    assert counts["lm"] == sum(w.numel() for w in own.parameters())
+    assert counts["cross_attention"] == sum(
+        w.numel() for b in model.attachment.blocks.values() for w in b.parameters()
+    )

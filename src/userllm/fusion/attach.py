@@ -86,7 +86,7 @@ class FusedLayer(nn.Module):
         after: CatalogueBlock | None = None,
     ):
         super().__init__()
-        self.block = block
+        self.user_block = block
         self.after = after
         self.layer = layer
         self.index = index
@@ -101,11 +101,11 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
         if slot.context is not None:
-            keys, values = slot.context.for_block(self.index, self.block)
+            keys, values = slot.context.for_block(self.index, self.user_block)
             if slot.context.recorded is not None:
-                weights = self.block.attention(hidden_states, keys, slot.context.mask)
+                weights = self.user_block.attention(hidden_states, keys, slot.context.mask)
                 slot.context.recorded.setdefault(self.index, []).append(weights.detach())
-            hidden_states = self.block(hidden_states, keys, values, slot.context.mask)
+            hidden_states = self.user_block(hidden_states, keys, values, slot.context.mask)
         elif not slot.without_user:
             raise RuntimeError(
                 "this language model is fused with user cross-attention: call it inside model.conditioned(users), "

@@ -128,11 +128,11 @@ def contextualize(
         ExampleBatches(model, dataset, split, stored, config, seed),
         evaluator,
         rates={
-            ".block.gate": config.gate_rate,
+            ".user_block.gate": config.gate_rate,
             ".after.gate": config.gate_rate,
             ".after.maps": 0.1,
             ".after.": 1.0,
-            ".block.": 1.0,
+            ".user_block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,
         },
