@@ -8,6 +8,7 @@ Reads docs/results/<run>/metrics.json and docs/results/benchmarks/*.json; a bloc
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ SYSTEMS = {
     "majority": "majority genre",
     "exact": "counting (upper bound)",
 }
+TEXT_SYSTEMS = {
+    "user_llm": "User-LLM",
+    "user_llm_shuffled": "User-LLM, another user's history",
+    "no_user": "the same LM, no user",
+    "user_llm_sampled": "User-LLM, drawn",
+    "user_llm_shuffled_sampled": "User-LLM, another user's history, drawn",
+    "no_user_sampled": "the same LM, no user, drawn",
+    "own_last": "the user's own last text, copied",
+    "other_last": "another user's last text, copied",
+    "target": "what the users wrote",
+}
 
 
 def interval(entry: dict[str, float]) -> str:
@@ -39,6 +51,9 @@ def run_block(name: str, command: str) -> str | None:
     metrics: dict[str, Any] = json.loads(file.read_text())
     lines = []
     for task, entry in metrics["tasks"].items():
+        if "rougeLsum" in entry["user_llm"]:
+            lines += text_block(name, task, entry)
+            continue
         keys = (
             ["recall@1", "recall@5", "recall@10", "ndcg@10"]
             if task == "next_item"
@@ -71,6 +86,52 @@ def run_block(name: str, command: str) -> str | None:
         f"ties: {metrics['split']['tie_rule']}. LM: {metrics['lm']['source']}.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def text_block(name: str, task: str, entry: dict[str, Any]) -> list[str]:
+    """Tables of a task that is answered in free text, and where its first texts are."""
+    lines = [
+        f"{task.replace('_', ' ').capitalize()}, n = {entry['n']} of {entry['N']} test users:",
+        "",
+        "| system | ROUGE-1 | ROUGE-2 | ROUGE-Lsum | words | agreement with the rating | distinct-2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = ["rouge1", "rouge2", "rougeLsum", "words", "rating_agreement"]
+    for system, label in TEXT_SYSTEMS.items():
+        if system in entry:
+            cells = [interval(entry[system][key]) for key in keys]
+            lines.append(f"| {label} | {' | '.join(cells)} | {entry['whole'][system]['distinct_2']:.3f} |")
+    nats, rouge = entry["gain_nats"], {over: table["rougeLsum"] for over, table in entry["gain"].items()}
+    lines += [
+        "",
+        f"Paired, over another user's history: ROUGE-Lsum {interval(rouge['over_shuffled'])}, "
+        f"{interval(nats['over_shuffled'])} nats a text; over no user: {interval(rouge['over_no_user'])}, "
+        f"{interval(nats['over_no_user'])} nats. Texts of the first ten users, not selected: "
+        f"`docs/results/{name}/texts/{task}.jsonl`.",
+        "",
+    ]
+    return lines
+
+
+def examples_block(name: str, task: str) -> str | None:
+    """What the first ten users wrote and what was written for them, or None where it has not been run."""
+    file = RESULTS / name / "texts" / f"{task}.jsonl"
+    if not file.exists():
+        return None
+    lines = [
+        "| asked | the user wrote | User-LLM | another user's history | no user |",
+        "|---|---|---|---|---|",
+    ]
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()[:10]):
+        cells = [record[key] for key in ("prompt", "target", "user_llm", "user_llm_shuffled", "no_user")]
+        lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
+    return "\n".join([*lines, "", "Greedy texts."])
+
+
+def escaped(text: str) -> str:
+    """Somebody's text in a table's cell: on one line, without markup."""
+    plain = re.sub(r"([\\`*_<>|~$&\[\]])", r"\\\1", text)
+    return " ".join(plain.split())
 
 
 def file_date(name: str) -> str:
@@ -147,6 +208,10 @@ def main() -> None:
     blocks = {
         "demo-results": run_block("demo", "make demo"),
         "movielens-1m-results": run_block("movielens-1m", "userllm run configs/movielens-1m.yaml"),
+        "rent-the-runway-review-results": run_block(
+            "rent-the-runway-review", "userllm run configs/rent-the-runway-review.yaml"
+        ),
+        "rent-the-runway-review-texts": examples_block("rent-the-runway-review", "review"),
         "encoder-results": encoder_block(),
         "pretraining-performance": bench_block(
             "pretraining",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from userllm.data.sources.table_config import TableConfig
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig
 from userllm.errors import UserError
@@ -21,13 +22,16 @@ class DataConfig:
     """Which prepared dataset a run uses."""
 
     release: str | None = "movielens-1m"
-    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway); null with ``folder``."""
+    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), or "synthetic", a small one
+    that it makes, for smoke runs; null with ``folder``."""
     path: Path | None = None
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
     descriptions: Path | None = None
     """A CSV file (also gzipped) with MovieLens's movieId and an overview: the movies' field ``description``."""
+    table: TableConfig | None = None
+    """Your own event log, prepared as `userllm data prepare table` does; overrides ``release``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
     """Fields the encoder reads and predicts, the item first (paper: name, rating, genre). Any declared field, and
     ``time_gap``: how long before an event the user's previous one was (ours)."""
@@ -59,8 +63,12 @@ class RunConfig:
         """Raise UserError for settings that cannot go together, before any work is done."""
         if not self.name or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
-        if self.data.release is None and self.data.folder is None:
-            raise UserError("data: give release (movielens-1m, ...) or folder (a prepared dataset)")
+        if self.data.release is None and self.data.folder is None and self.data.table is None:
+            raise UserError(
+                "data: give release (movielens-1m, ...), folder (a prepared dataset) or table (your own)"
+            )
+        if self.data.table is not None and not self.data.table.path:
+            raise UserError("data.table.path: give the files of your table")
         if not self.tasks:
             raise UserError("tasks is empty; give at least one task")
         self.fusion.check()
@@ -73,9 +81,9 @@ class RunConfig:
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
-        if self.data.descriptions is not None and self.data.folder is not None:
+        if self.data.descriptions is not None and (self.data.folder or self.data.table) is not None:
             raise UserError(
-                "data.descriptions goes with data.release; prepare data.folder with descriptions instead"
+                "data.descriptions goes with data.release; a dataset of yours brings a description field of its own"
             )
         if encoder.kind == "dual":
             if encoder.label not in self.data.fields:

@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from userllm.decoding.answers import AnswerTexts, ClosedAnswers, LogitHead
+from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
 from userllm.decoding.exact import score_answers
 from userllm.decoding.next_token import TextDecoding
-from userllm.decoding.prefix_tree import PrefixTree
+from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.free_text import text_losses, write_texts
 from userllm.fusion.attach import Attachment, UserContext, find_layers
-from userllm.fusion.catalogue import CatalogueBlock
+from userllm.fusion.catalogue import CatalogueWeights, LikelyItems
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
+from userllm.fusion.history_summary import HistorySummary, Summarize
 from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
@@ -66,6 +67,7 @@ class ContextualLM(nn.Module):
     is changed in place by wrappers that ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``.
     tasks: by name, closed and open ones.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
+    summarize: histories as text to summaries; needed for ``fusion.text.summary`` only.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ContextualLM(nn.Module):
         fusion: FusionConfig,
         tasks: Mapping[str, Task],
         event_texts: Mapping[str, Sequence[str]] | None = None,
+        summarize: Summarize | None = None,
     ):
         super().__init__()
         fusion.check()
@@ -116,9 +119,11 @@ class ContextualLM(nn.Module):
             self.soft_prompt = SoftPrompt(
                 fusion.soft_prompt, fusion.projection, encoder.width, text_config.hidden_size, size
             )
-        self.history_text = (
-            HistoryText(fusion.text, event_texts or {}, tokenizer) if fusion.text.events > 0 else None
-        )
+        self.history_text: HistoryText | HistorySummary | None = None
+        if fusion.text.summary is not None:
+            self.history_text = HistorySummary(fusion.text, event_texts or {}, tokenizer, summarize)
+        elif fusion.text.events > 0:
+            self.history_text = HistoryText(fusion.text, event_texts or {}, tokenizer)
         self.head = LogitHead(
             lm.get_output_embeddings(),  # type: ignore[arg-type]
             getattr(text_config, "final_logit_softcapping", None),
@@ -128,7 +133,8 @@ class ContextualLM(nn.Module):
         )
         self._questions: dict[str, Tensor] = {}
         self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
-        self.attachment = Attachment(lm, blocks, self._catalogue_block())
+        self.attachment = Attachment(lm, blocks)
+        self.catalogue = self._catalogue()
         self._lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
@@ -183,31 +189,49 @@ class ContextualLM(nn.Module):
             everyone = torch.arange(len(rows), device=rows.device)
             tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
         users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
-        if (block := self.attachment.after) is not None:
+        if self.catalogue is not None:
             at_least_one = ends.clamp_min(1)
             scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
             if scores is None:
                 scores = self.encoder.next_item_scores(histories, rows, at_least_one)
-            users.catalogue = block.vectors(
-                torch.log_softmax(scores.float(), -1), ends > 0, self._output_table
-            )
+            masses = NodeMasses(self._titles, torch.softmax(scores.float(), -1))
+            users.likely = LikelyItems(masses, ends > 0)
         return users
 
-    def _catalogue_block(self) -> CatalogueBlock | None:
+    def _catalogue(self) -> CatalogueWeights | None:
         if self.config.catalogue is None:
             return None
-        tasks = self.closed_tasks.items()
-        trees = [self.answers[name].tree for name, task in tasks if task.config.kind == "next_item"]
-        if not trees:
+        if not any(self.names_items(name) for name in self.closed_tasks):
             raise UserError("fusion.catalogue needs a task of kind next_item: its answers are the titles")
         if not self.encoder.ranks_items:
             raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
-        tokens = trees[0].answer_tokens()[:, : self.config.catalogue.tokens]
-        return CatalogueBlock(self.config.catalogue, tokens, self._output_table)
+        return CatalogueWeights(self.config.catalogue)
+
+    def _advice(self, task: str, users: UserContext | None, rows: Tensor | None = None) -> Advice | None:
+        """The encoder's say in a task's choices. rows [Q]: the text of each, where every text has a user of its own or
+        all have one; by default each user has as many choices as the next.
+        """
+        weights, likely = self.catalogue, None if users is None else users.likely
+        if weights is None or likely is None or not self.names_items(task):
+            return None
+
+        def advice(logits: Tensor, nodes: Tensor, within: Tensor, children: Tensor) -> Tensor:
+            if rows is None:
+                owners = torch.arange(len(nodes), device=nodes.device) // (len(nodes) // len(likely))
+            else:
+                owners = rows if len(likely) > 1 else torch.zeros_like(rows)
+            return weights(logits, likely, owners, nodes, within, children)
+
+        return advice
+
+    def names_items(self, task: str) -> bool:
+        """Whether the task's answers are the catalogue's titles."""
+        return self.tasks[task].config.kind == "next_item"
 
     @property
-    def _output_table(self) -> Tensor:
-        return self.lm.get_output_embeddings().weight  # type: ignore[union-attr, return-value]
+    def _titles(self) -> PrefixTree:
+        """The tree of the titles: the same for every task that names items."""
+        return next(closed.tree for name, closed in self.answers.items() if self.names_items(name))
 
     def _prefix(
         self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor
@@ -316,6 +340,7 @@ class ContextualLM(nn.Module):
         closed = self.answers[task]
         nll = torch.zeros(len(answers), device=answers.device)
         taught = torch.zeros_like(nll)
+        taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
         group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
         for group in torch.unique(group_of):
             part = torch.nonzero(group_of == group)[:, 0]
@@ -323,8 +348,8 @@ class ContextualLM(nn.Module):
             texts, rows, children, log_p = self._choices(task, answers[part], mine)
             taken = closed.chosen(log_p, children, rows, texts.child)
             nll = nll.index_add(0, part[texts.row], -taken)
-            if teacher is not None:
-                mass = closed.child_masses(texts.node, rows, children, teacher[part][texts.row])
+            if taught_by is not None:
+                mass = taught_by.shares(part[texts.row], texts.node, rows, children).to(log_p.dtype)
                 taught = taught.index_add(0, part[texts.row[rows]], -mass * log_p)
         return nll, None if teacher is None else taught
 
@@ -339,7 +364,16 @@ class ContextualLM(nn.Module):
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
         with torch.no_grad(), self.conditioned(users):
             state = TextInLM(self, len(users), task, context=users)
-            return search_answers(state, self.answers[task], self.head, len(users), k, beams, excluded)
+            return search_answers(
+                state,
+                self.answers[task],
+                self.head,
+                len(users),
+                k,
+                beams,
+                excluded,
+                self._advice(task, users),
+            )
 
     def score_answers(
         self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
@@ -359,7 +393,9 @@ class ContextualLM(nn.Module):
             count = 1 if some is None else len(some)
             with torch.no_grad(), self._conditioned_or_not(some):
                 state = TextInLM(self, count, task, context=some)
-                scores.append(score_answers(state, closed, self.head, count, asked, block))
+                scores.append(
+                    score_answers(state, closed, self.head, count, asked, block, self._advice(task, some))
+                )
         return torch.cat(scores)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
@@ -382,14 +418,9 @@ class ContextualLM(nn.Module):
         lower = self._lower.get(task)
         states = None if lower is None else lower.of(texts)
         ids, position, cache, mask = texts.input_ids, texts.position, None, None
-        if self.has_encoder:
-            source = self.source_of(task, users, len(ids))
-            with self._conditioned_or_not(users):
-                hidden = self._hidden(ids, source=source)
-            rows, children, log_p = closed.choices(hidden[texts.row, position], texts.node, self.head)
-            return texts, rows, children, log_p.float()
+        source = self.source_of(task, users, len(ids)) if self.has_encoder else None
         read = len(closed.prompt_ids) - 1
-        prefix = None if users is None else users.prefix
+        prefix = None if users is None or self.has_encoder else users.prefix
         if self.reads_ahead and (read > 0 or prefix is not None):
             if prefix is None:
                 cache = self.prompt_cache(task, len(answers), states is not None)
@@ -402,9 +433,11 @@ class ContextualLM(nn.Module):
             ids, mask = self._after(prefix, ids)
             position = position + ids.shape[1] - texts.input_ids.shape[1]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(ids, states, cache, mask)
+            hidden = self._hidden(ids, states, cache, mask, source)
         picked = hidden[texts.row, position]
-        rows, children, log_p = closed.choices(picked, texts.node, self.head)
+        rows, children, log_p = closed.choices(
+            picked, texts.node, self.head, self._advice(task, users, texts.row)
+        )
         return texts, rows, children, log_p.float()
 
     def prompt_cache(self, task: str, rows: int, replayed: bool) -> DynamicCache:

@@ -23,6 +23,10 @@ UNKNOWN_TIME = -(2**63)
 """Stands in ``HistoryBatch.times`` for a time that is not known."""
 
 
+TextOf = Callable[[str, int], str]
+"""(text field, place in a history) -> that event's text, "" where it has none. Looked up only where it is shown."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One interaction of a user with an item.
@@ -55,11 +59,13 @@ class HistoryBatch:
     mask:   [B, S] bool, True where there is an event.
     times:  [B, S] int64, seconds since 1970, ``UNKNOWN_TIME`` where that is not known and at padding; None only in
             batches made by hand, for an encoder that does not look at times.
+    texts:  B look-ups of events' texts, which ``fusion.text`` may show; None where nothing is known of texts.
     """
 
     fields: dict[str, Tensor]
     mask: Tensor
     times: Tensor | None = None
+    texts: Sequence[TextOf] | None = None
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -71,11 +77,12 @@ class HistoryBatch:
 
     def to(self, device) -> HistoryBatch:
         """The same batch on another device."""
-        return self._each(lambda tensor: tensor.to(device))
+        return self._each(lambda tensor: tensor.to(device), self.texts)
 
     def select(self, rows: Tensor) -> HistoryBatch:
         """The histories at ``rows`` [R], repeated where a row is named twice."""
-        return self._each(lambda tensor: tensor[rows])
+        texts = None if self.texts is None else [self.texts[row] for row in rows.tolist()]
+        return self._each(lambda tensor: tensor[rows], texts)
 
     def prefixes(self, ends: Tensor) -> HistoryBatch:
         """Each history's first ``ends`` [B] events; what came after is padding, as if it had never been."""
@@ -86,8 +93,8 @@ class HistoryBatch:
             for name, ids in self.fields.items()
         }
         times = None if self.times is None else self.times[:, :length].masked_fill(~mask, UNKNOWN_TIME)
-        return HistoryBatch(fields, mask, times)
+        return HistoryBatch(fields, mask, times, self.texts)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> HistoryBatch:
+    def _each(self, change: Callable[[Tensor], Tensor], texts: Sequence[TextOf] | None) -> HistoryBatch:
         times = None if self.times is None else change(self.times)
-        return HistoryBatch({k: change(v) for k, v in self.fields.items()}, change(self.mask), times)
+        return HistoryBatch({k: change(v) for k, v in self.fields.items()}, change(self.mask), times, texts)

@@ -4,8 +4,8 @@
 
 Prompts differ from example to example. What is padded before the target stands on the left of everything, as in
 ``fusion.prefix``; behind the target no position sees it. Which part attends to user tokens is what ``fusion.attend``
-says: all of it, or the prompt's last token and what follows. What ``fusion.catalogue`` says of titles is left out:
-it answers one question, and in any other text it would be noise.
+says: all of it, or the prompt's last token and what follows. ``fusion.catalogue`` has nothing to say here: it speaks
+only where an item is being named.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def text_losses(
     users: one per text, one for all, or None for the base LM. The softmax runs over the whole vocabulary. A target
     begins with a space and ends with the end of text; of a longer one the first ``most`` tokens count, without its end.
     """
-    users = _without_catalogue(users)
     ids, real = _targets(model, targets, most)
     prompt, source = _prompts(model, prompts, users)
     body = torch.cat([prompt.embeddings[:, -1:], model._embed(ids[:, :-1])], dim=1)
@@ -97,7 +96,6 @@ def write_texts(
     own (by default their places).
     """
     decoding.check()
-    users = _without_catalogue(users)
     if users is not None and len(users) != len(prompts):
         users = users.select(torch.zeros(len(prompts), dtype=torch.long, device=users.tokens.device))
     prompt, source = _prompts(model, prompts, users)
@@ -126,10 +124,6 @@ def write_texts(
 def _text(model: ContextualLM, tokens: list[int], end: int) -> str:
     kept = [token for token in tokens if token not in (-1, end)]
     return str(model.tokenizer.decode(kept, skip_special_tokens=True)).strip()
-
-
-def _without_catalogue(users: UserContext | None) -> UserContext | None:
-    return None if users is None else users.for_free_text()
 
 
 def _prompts(
@@ -168,7 +162,9 @@ def _targets(model: ContextualLM, targets: Sequence[str], most: int | None) -> t
     """Token ids [E, T] of the targets, padded on the right, and which are real [E, T]."""
     end = _end_of_text(model)
     encoded = [
-        torch.tensor([*model.tokenizer(" " + text, add_special_tokens=False)["input_ids"], end][:most])
+        torch.tensor(
+            [*model.tokenizer(" " + text, add_special_tokens=False, verbose=False)["input_ids"], end][:most]
+        )
         for text in targets
     ]
     ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=-1).to(model.lm.device)

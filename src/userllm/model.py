@@ -29,6 +29,7 @@ from userllm.fusion.source import decoder_start
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
+from userllm.language_models.summaries import Summarizer
 from userllm.model_card import write_description
 from userllm.saved_model import (
     described_encoder,
@@ -87,7 +88,9 @@ class UserLLM(ContextualLM):
         strategy: Strategy = "enc",
         adapter: Adapter | None = None,
     ):
-        super().__init__(lm, tokenizer, encoder, fusion, tasks, event_texts(collator))
+        summarizer = summarizer_of(fusion, reference)
+        super().__init__(lm, tokenizer, encoder, fusion, tasks, event_texts(collator), summarizer)
+        self.summarizer = summarizer
         self.collator = collator
         self.reference = reference
         self.strategy: Strategy = strategy
@@ -225,7 +228,7 @@ class UserLLM(ContextualLM):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        users = None if history is None else self.context(self._batch([history])).for_free_text()
+        users = None if history is None else self.context(self._batch([history]))
         if self.has_encoder:
             settings.decoder_start_token_id = decoder_start(self.lm)
             source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
@@ -501,8 +504,8 @@ class UserLLM(ContextualLM):
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}
-        if self.attachment.after is not None:
-            weights |= {f"after.{name}": value for name, value in self.attachment.after.state_dict().items()}
+        if self.catalogue is not None:
+            weights |= {f"catalogue.{name}": value for name, value in self.catalogue.state_dict().items()}
         for index, block in self.attachment.blocks.items():
             weights |= {f"blocks.{index}.{name}": value for name, value in block.state_dict().items()}
         return weights
@@ -511,6 +514,16 @@ class UserLLM(ContextualLM):
 def encoder_for(vocabulary: Vocabulary, config: EncoderConfig) -> UserEncoder:
     """An encoder with random weights for a vocabulary's fields."""
     return config.build(field_shapes(vocabulary))
+
+
+def summarizer_of(fusion: FusionConfig, own: ResolvedLM) -> Summarizer | None:
+    """What writes the summaries that stand before the prompt, if any do: by default the LM itself, before training."""
+    if (config := fusion.text.summary) is None:
+        return None
+    lm = LanguageModelConfig(name=own.name, revision=own.revision)
+    if config.lm is not None:
+        lm = LanguageModelConfig(name=config.lm)
+    return Summarizer(lm, config.instruction, config.new_tokens, config.batch)
 
 
 def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:

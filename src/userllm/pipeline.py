@@ -28,6 +28,8 @@ from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
+from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
@@ -47,7 +49,7 @@ from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import UserLLM, encoder_for
+from userllm.model import Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import GenrePreference, OpenTask, Review, build_task
@@ -89,12 +91,18 @@ class Run:
             if todo:
                 data = self.config.data
                 folder = data.folder
-                if folder is None:
+                if folder is None and data.table is not None:
+                    folder = self.folder / "dataset"
+                    prepare_table(data.table, folder, self.config.name)
+                elif folder is None:
                     folder = cache_folder() / "datasets" / str(data.release)
                     own = data.path is not None or data.descriptions is not None
                     if own or not (folder / "card.json").is_file():
                         folder = self.folder / "dataset" if own else folder
-                        prepare(str(data.release), data.path, folder, data.descriptions)
+                        if data.release == RELEASE:
+                            prepare_synthetic(folder)
+                        else:
+                            prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
                 Dataset.open(folder)
                 _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
         self.dataset = Dataset.open(self._dataset_folder())
@@ -176,9 +184,14 @@ class Run:
                     self.config.seed, say,
                 )  # fmt: skip
                 tasks = {name: evaluator.evaluate(name) for name in model.closed_tasks}
+                nobody = {
+                    name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
+                    for name in tasks
+                }
                 tasks |= self._evaluate_texts(model, evaluator.users)
-                examples = [self._example(model, evaluator, row) for row in evaluator.rows[:3]]
+                examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
+                evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
                 metrics = self._metrics(model, tasks, evaluator)
                 metrics["knowledge"] = self._knowledge(model, evaluator)
                 _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -261,7 +274,9 @@ class Run:
         apply_strategy(model, strategy.name, adapter)
         return model
 
-    def _example(self, model: UserLLM, evaluator: ClosedEvaluator, row: np.ndarray) -> dict[str, Any]:
+    def _example(
+        self, model: UserLLM, nobody: dict[str, list[dict[str, Any]]], row: np.ndarray
+    ) -> dict[str, Any]:
         user, start, stop = (int(x) for x in row)
         history: UserHistory = self.dataset.history(user, start, stop)
         target = self.dataset.history(user, stop, stop + 1).events[0]
@@ -277,7 +292,7 @@ class Run:
             answers[name] = {
                 "truth": closed.answers[truth] if truth >= 0 else None,
                 "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],
-                "without_user": [_answer(r) for r in model.recommend_without_user(5, task=name)],
+                "without_user": nobody[name],
             }
         return {
             "user": self.dataset.user_ids[user],
@@ -355,6 +370,7 @@ class Run:
 
     def _metrics(self, model: UserLLM, tasks: dict[str, Any], evaluator: ClosedEvaluator) -> dict[str, Any]:
         frozen = self.config.contextualize.strategy.name in ("enc", "proj")
+        trained = self.folder / "contextualize" / "training.json"  # older versions wrote none
         return {
             "commit": commit(),
             "date": time.strftime("%Y-%m-%d"),
@@ -367,9 +383,13 @@ class Run:
                 "parameters": _lm_parameters(model),
                 "frozen": frozen,
             },
+            "summaries": None if model.summarizer is None else model.summarizer.described(),
             "trainable": json.loads((self.folder / "contextualize" / "trainable.json").read_text()),
             "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
+            "training": json.loads(trained.read_text()) if trained.exists() else None,
+            "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
             "timings_s": {},
+            "cpu_s": {},
             "peak_rss_mb": peak_rss_mb(),
             "tasks": tasks,
             "notes": self._notes(model, evaluator),
@@ -418,9 +438,9 @@ class Run:
         """
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        settings = hashlib.sha256(
-            json.dumps([self.plain.get(k) for k in keys], sort_keys=True).encode()
-        ).hexdigest()
+        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
+        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
+        settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             say(f"{name}: done before, skipped")
@@ -428,13 +448,18 @@ class Run:
             return
         if record.get("settings") != settings and name in ("pretrain", "contextualize"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        spent = record.get("seconds", 0.0) if record.get("settings") == settings else 0.0
-        records[name] = {"settings": settings, "done": False, "seconds": spent}
+        before = record if record.get("settings") == settings else {}
+        spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
+        records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
         _write(record_file, json.dumps(records, indent=1))
-        began = time.time()
+        began, cpu_began = time.time(), time.process_time()
         yield True
-        records[name] = {"settings": settings, "done": True, "seconds": round(spent + time.time() - began, 1)}
-        records[name]["peak_rss_mb"] = peak_rss_mb()
+        records[name] |= {
+            "done": True,
+            "seconds": round(spent + time.time() - began, 1),
+            "cpu_seconds": round(cpu + time.process_time() - cpu_began, 1),
+            "peak_rss_mb": peak_rss_mb(),
+        }
         _write(record_file, json.dumps(records, indent=1))
         say(f"{name}: {records[name]['seconds']:.0f} s")
 
@@ -443,6 +468,7 @@ class Run:
         file = self.folder / "metrics.json"
         metrics, records = json.loads(file.read_text()), json.loads((self.folder / "stages.json").read_text())
         metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
+        metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
         metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
         _write(file, json.dumps(metrics, indent=1))
 
@@ -508,8 +534,21 @@ def _lm_parameters(model: UserLLM) -> int:
         return sum(p.numel() for n, p in model.lm.named_parameters() if "lora_" not in n)
 
 
-def _answer(recommendation: Any) -> dict[str, Any]:
+def _answer(recommendation: Recommendation) -> dict[str, Any]:
     return {"text": recommendation.title, "log_likelihood": recommendation.log_likelihood}
+
+
+def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
+    """The five best answers by scores [N]."""
+    values, best = scores.topk(min(5, len(answers)))
+    pairs = zip(values.tolist(), best.tolist(), strict=True)
+    return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _without_nulls(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
 
 
 def _write(file: Path, text: str) -> None:

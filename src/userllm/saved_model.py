@@ -20,7 +20,7 @@ from userllm.errors import UserError
 from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
-from userllm.fusion.history_text import HistoryTextConfig
+from userllm.fusion.history_text import HistoryTextConfig, SummaryConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.language_models.pretrained import ResolvedLM
@@ -119,6 +119,8 @@ def saved_fusion(raw: dict[str, Any]) -> FusionConfig:
         name: groups[name](**value) if name in groups and value is not None else value
         for name, value in raw.items()
     }
+    if (text := settings.get("text")) is not None and isinstance(text.summary, dict):
+        text.summary = SummaryConfig(**text.summary)
     return FusionConfig(**settings)
 
 

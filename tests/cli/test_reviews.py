@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from userllm.cli import main
+from userllm.data.store import Dataset
 from userllm.model import UserLLM
 
 CONFIG = """\
@@ -15,7 +17,11 @@ data: {release: rent-the-runway, path: reviews.json, fields: [item, rating, cate
 encoder: {layers: 1, width: 16, heads: 2, feed_forward: 32, item_width: 16, field_width: 4, max_length: 8}
 pretrain: {epochs: 1, batch: {events: 24}}
 lm: {name: tiny-random-llama}
-fusion: {layers: "last:2", events: 8, cross_attention: {heads: 2, head_width: 8}}
+fusion:
+  layers: "last:2"
+  events: 8
+  cross_attention: {heads: 2, head_width: 8}
+  text: {events: 2, lead: "", event: "Of {title}: {text}|", close: "", texts: [text], text_words: 9}
 tasks:
   review: {kind: review, prompt: "Write a review for {title}."}
   review_rated: {kind: review, prompt: "Review {title}, {rating} of 10:", target: summary, target_tokens: 4}
@@ -25,7 +31,11 @@ evaluation:
   list_length: 3
   batch: 8
   knowledge_tokens: 40
-  text: {users: 7, greedy: {max_new_tokens: 6}, sampled: {max_new_tokens: 5, sample: true, temperature: 0.9}}
+  text:
+    users: 7
+    sampled_users: 5
+    greedy: {max_new_tokens: 6}
+    sampled: {max_new_tokens: 5, sample: true, temperature: 0.9}
 """
 WORDS = """
 I loved it and it fit well but the zipper broke so many compliments at the wedding
@@ -71,13 +81,19 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
     assert (entry["n"], entry["N"], len(written)) == (7, 12, 7)
     scorer = RougeScorer(["rougeLsum"])
     for system in ("user_llm", "user_llm_shuffled", "no_user", "user_llm_sampled"):
-        scores = [scorer.score(one["target"], one[system])["rougeLsum"].fmeasure for one in written]
-        assert entry[system]["rougeLsum"]["value"] == pytest.approx(sum(scores) / 7)
+        has = [one for one in written if system in one]
+        assert len(has) == (5 if "sampled" in system else 7)
+        scores = [scorer.score(one["target"], one[system])["rougeLsum"].fmeasure for one in has]
+        assert entry[system]["rougeLsum"]["value"] == pytest.approx(sum(scores) / len(has))
         assert {"rouge1", "rouge2", "words", "rating_agreement"} <= set(entry[system])
         assert set(entry["whole"][system]) == {"distinct_1", "distinct_2"}
+    for one in written:
+        user = int(one["user"][1:])
+        assert one["own_last"] == row(user, 5)["review_text"] != one["other_last"]
+        assert one["other_last"] in [row(other, 5)["review_text"] for other in range(12) if other != user]
     assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {"log_likelihood", "nats_per_token"}
     assert entry["decoding"]["greedy"] == {
-        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0
+        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0, "users": 7
     }  # fmt: skip
     assert entry["decoding"]["sampled"]["temperature"] == 0.9
     assert set(entry["gain"]) == set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}
@@ -128,6 +144,29 @@ def test_the_saved_model_writes(folder, monkeypatch, capsys):
     assert "task review is answered in free text" in capsys.readouterr().err
     card = (folder / "runs/reviews/contextualize/model/README.md").read_text()
     assert "writes the summary" in card and "rougeLsum" in card
+
+
+def test_a_history_of_ones_own_tells_its_texts(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    model = UserLLM.from_pretrained("runs/reviews/contextualize/model")
+    stored = Dataset.open("runs/reviews/dataset")
+    user = stored.user_index("u3")
+    mine = [{"item": e.item, "time": e.time, **e.fields} for e in stored.history(user).events]
+    assert mine[-1]["text"] == row(3, 6)["review_text"]
+    for event in mine:
+        del event["summary"]
+    (folder / "mine.json").write_text(json.dumps(mine))
+    asked = ["generate", "runs/reviews", "--prompt", "Write a review for gown 105.", "--max-new-tokens", "6"]
+    said = []
+    for whose in (["--user", "u3"], ["--history", "mine.json"]):
+        assert main([*asked, *whose]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    batch, _ = model.collator.from_histories([stored.history(user)], max_length=8)
+    assert model.history_text is not None
+    [text] = model.history_text.written(batch, torch.tensor([0]), torch.tensor([7]))
+    expected = [" ".join(row(3, step)["review_text"].split()[:9]) for step in (5, 6)]
+    assert [part.split(": ")[1] for part in text.split("|")[:2]] == expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 from safetensors.torch import load_file
 
 import userllm
+from userllm.cli.configuration import load_config
 from userllm.encoders.text_start import TextStart
 from userllm.language_models.pretrained import LanguageModelConfig, load
 from userllm.language_models.text_embeddings import text_embeddings
@@ -74,6 +75,13 @@ def test_the_resolved_configuration_is_a_configuration_of_the_same_run(userllm):
     said = userllm("evaluate", "runs/demo/config.yaml")
     assert said.code == 0
     assert said.out.count("skipped") == 4
+
+
+def test_an_older_run_is_known_to_a_userllm_with_one_more_optional_setting(finished, capsys):
+    config, plain = load_config(finished / "runs/demo/config.yaml", [])
+    plain["pretrain"]["not_yet_invented"] = None
+    Run(config, plain, root=finished / "runs").through("pretrain")
+    assert "pretrain: done before" in capsys.readouterr().out
 
 
 def test_one_stage_does_what_it_needs_and_no_more(userllm, tmp_path, finished):

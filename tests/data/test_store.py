@@ -29,7 +29,8 @@ def test_a_dataset_survives_the_disk(made):
     assert sorted(p.name for p in read.folder.iterdir()) == ["card.json", read.card.files]
     found = sorted(str(p.relative_to(read.files)) for p in read.files.rglob("*.*"))
     assert found == [
-        "events/item.npy", "events/rating.npy", "events/time.npy", "items.parquet", "offsets.npy", "users.parquet"
+        "events/item.npy", "events/rating.npy", "events/time.npy", "items.parquet", "offsets.npy", "users.parquet",
+        "values/rating.npy",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from userllm.decoding.answers import ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import search_answers, search_free
-from userllm.decoding.prefix_tree import PrefixTree
+from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 
 END, WIDTH = 5, 7
 answer_sets = st.lists(
@@ -194,13 +194,15 @@ def test_a_prompt_is_needed():
 @given(answer_sets, st.integers(0, 10_000))
 def test_a_distribution_over_answers_becomes_one_over_children(answers, seed):
     tree = PrefixTree.from_tokens(answers)
-    closed = ClosedAnswers(torch.tensor([0]), tree, "vocabulary")
     inner = torch.nonzero(tree.child_count > 0)[:, 0]
     p = torch.rand(len(answers), generator=torch.Generator().manual_seed(seed)) + 0.01
-    p = (p / p.sum()).expand(len(inner), -1)
+    p = torch.stack([torch.zeros(len(answers)), p / p.sum()])
     rows, children = tree.children(inner)
-    masses = closed.child_masses(inner, rows, children, p)
+    masses = NodeMasses(tree, p).shares(torch.ones_like(inner), inner, rows, children)
+    swapped = NodeMasses(tree, p).select(torch.tensor([1, 0]))
+    assert torch.equal(swapped.shares(torch.zeros_like(inner), inner, rows, children), masses)
+    assert not swapped.shares(torch.ones_like(inner), inner, rows, children).any()
     for row, child, mass in zip(rows.tolist(), children.tolist(), masses.tolist(), strict=True):
         below = tree.order[tree.low[child] : tree.high[child]]
         around = tree.order[tree.low[inner[row]] : tree.high[inner[row]]]
-        assert mass == pytest.approx(float(p[0, below].sum() / p[0, around].sum()), abs=1e-5)
+        assert mass == pytest.approx(float(p[1, below].sum() / p[1, around].sum()), abs=1e-5)

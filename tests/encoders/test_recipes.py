@@ -275,3 +275,11 @@ def test_the_loss_in_bfloat16_is_close(make_encoder, stored):
     assert losses[0]["item"] != losses[1]["item"]
     torch.testing.assert_close(losses[0]["item"], losses[1]["item"], rtol=1e-2, atol=0)
     assert losses[0]["rating"] == losses[1]["rating"]
+
+
+def test_the_item_table_starts_as_small_as_asked(make_encoder):
+    before, asked = make_encoder().features, make_encoder(item_std=1e-3).features
+    assert 0.5e-3 < float(asked.table("item").std()) < 2e-3 < float(before.table("item").std())
+    assert torch.equal(before.table("rating"), asked.table("rating"))
+    with pytest.raises(UserError, match=r"item_std is 0"):
+        make_encoder(item_std=0.0)

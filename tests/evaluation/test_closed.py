@@ -190,3 +190,27 @@ def test_invalid_answers_are_counted():
     answers = torch.tensor([[0, 1, 2], [0, 0, 2], [5, 1, -1], [3, -1, -1]])
     possible = torch.tensor([3, 3, 3, 1])
     assert count_invalid(answers, 4, possible) == 0 + 1 + 2 + 0
+
+
+def test_every_users_rank_is_kept(model, dataset, split, stored):
+    judge = evaluator(model, dataset, split, stored, list_length=7, other_user=False)
+    entries = {name: judge.evaluate(name) for name in ("next_item", "favorite_genre")}
+    rows = judge.per_user()
+    assert "user_llm_shuffled" not in rows["system"].to_list()
+    for task, entry in entries.items():
+        for system in ("user_llm", "no_user"):
+            mine = rows.filter(task=task, system=system)
+            assert mine["user"].n_unique() == len(mine) == entry["n"]
+            same(entry[system], as_dicts(mine["rank"].to_numpy()))
+            mean = mine["log_likelihood"].mean()
+            assert entry[system]["log_likelihood"]["value"] == pytest.approx(mean)
+    assert set(entries["next_item"]["gain_nats"]) == {"over_no_user"}
+
+
+def test_smaller_samples_lie_within_larger_ones(model, dataset, split, stored):
+    def users(**settings):
+        return set(evaluator(model, dataset, split, stored, **settings).rows[:, 0].tolist())
+
+    few, more = users(users=3, among=6), users(users=6, among=6)
+    assert len(few) == 3 and few < more == users(among=6)
+    assert more == users(users=6)  # as it has always been drawn

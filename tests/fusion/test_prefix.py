@@ -6,7 +6,7 @@ import torch
 from userllm.errors import UserError
 from userllm.events import UserHistory
 from userllm.fusion.config import FusionConfig
-from userllm.fusion.history_text import HistoryText, HistoryTextConfig
+from userllm.fusion.history_text import HistoryText, HistoryTextConfig, SummaryConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.soft_prompt import SoftPrompt, SoftPromptConfig
@@ -20,6 +20,7 @@ VARIANTS = {
     "soft-perceiver": SOFT | {"perceiver": PerceiverConfig(latents=3, layers=1, heads=2)},
     "soft+text": SOFT | BOTH,
     "text": TEXT,
+    "summary": {"kind": "none", "text": HistoryTextConfig(events=3, summary=SummaryConfig(new_tokens=4))},
     "cross+text": BOTH,
     "cross+text, answer": BOTH | {"attend": "answer"},
 }
@@ -215,3 +216,26 @@ def test_gradient_checkpointing_is_refused_where_it_would_drop_what_was_read(mak
                 model.answer_losses("next_item", torch.tensor([3]), model.context(users))
         else:
             model.answer_losses("next_item", torch.tensor([3]), model.context(users))[0].sum().backward()
+
+
+def test_texts_of_the_events_are_shown_where_asked_for(make_user_llm, stored):
+    """Look-ups follow their history, whether it is selected, moved or cut short."""
+    histories = stored.batch([(7, 0, 6), (5, 0, 2), (2, 0, 0)])
+    histories.texts = [
+        lambda name, place, user=user: f"{name}  of user {user}\nat {place}" for user in (7, 5, 2)
+    ]
+    model = model_of(make_user_llm, "text")
+    config = HistoryTextConfig(events=2, lead="", event="{title}: {text};", close="", texts=["text"])
+    whole, _, _ = written(model, histories, [0, 1, 2], [6, 2, 0], config)
+    assert [text.count("of user") for text in whole] == [2, 2, 0]
+    assert "text of user 7 at 4;" in whole[0] and whole[0].endswith("text of user 7 at 5;")
+    order = torch.tensor([1, 0])
+    moved = histories.select(order).prefixes(torch.tensor([1, 3])).to("cpu")
+    some, _, _ = written(model, moved, [0, 1], [1, 3], config)
+    assert some[0].endswith("text of user 5 at 0;") and some[1].endswith("text of user 7 at 2;")
+    config.text_words = 2
+    cut, _, _ = written(model, histories, [0], [6], config)
+    assert cut[0].endswith(": text of;")
+    histories.texts = None
+    with pytest.raises(UserError, match=r"nothing is known of these histories' texts \(text\)"):
+        written(model, histories, [0], [6], config)

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
-from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 
@@ -154,22 +153,6 @@ def test_drawn_texts_depend_on_their_number_alone(make_user_llm, users):
     for row, number in enumerate([4, 5, 6]):
         one = model.write_texts([PROMPTS[row]], alone(everyone, row), decoding, [number])
         assert one == [together[row]]
-
-
-def test_what_is_said_of_titles_stays_out_of_free_text(make_user_llm, users, dataset):
-    with_it, without = (make_user_llm(catalogue=c) for c in (CatalogueConfig(items=6, tokens=2), None))
-    without.load_state_dict(with_it.state_dict(), strict=False)
-    with_it.attachment.after.gate.data.fill_(0.9)
-    with_it.attachment.after.threshold.data.fill_(4.0)
-    a, b = users(with_it), users(without)
-    answers = torch.tensor([1, 2, 3])
-    with torch.no_grad():
-        differ = [m.answer_log_likelihood("next_item", answers, u) for m, u in ((with_it, a), (without, b))]
-        assert not torch.allclose(*differ, atol=1e-2)
-        losses = [m.text_losses(PROMPTS, TARGETS, u)[0] for m, u in ((with_it, a), (without, b))]
-    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-5)
-    texts = [m.generate(PROMPTS[0], dataset.history(7), max_new_tokens=6) for m in (with_it, without)]
-    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("strategy", ["proj", "enc", "lora", "full"])

@@ -159,3 +159,30 @@ def test_pretraining_covers_every_training_target_once_an_epoch(model, dataset, 
         steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
         targets = sum(int(batches.batch(step)["targets"].mask.sum()) for step in steps)
         assert targets == int((split.train_end - 1).sum())
+
+
+def test_points_in_time_may_be_apart(model, dataset, vocabulary):
+    """Every example's history ends a multiple of ``every`` after its start, or at the first target."""
+    stored, split = StoredHistories(dataset, vocabulary), SplitConfig().build(dataset)
+    config = ContextualizeConfig(steps=9, histories=4, examples_per_history=3)
+    ends = []
+    for every in (1, 3):
+        batches = ExampleBatches(model, dataset, split, stored, config, 0, every=every)
+        spans, batch = [], stored.batch
+
+        def recorded(rows, spans=spans, batch=batch):
+            spans.append(rows)
+            return batch(rows)
+
+        batches.stored = type("Stored", (), {"batch": staticmethod(recorded)})()
+        points = set()
+        for step in range(9):
+            examples = batches.batch(step)["examples"]
+            begins = [begin for _, begin, _ in spans[-1]]
+            lowest = [max(split.first_target, begin + 1) for begin in begins]
+            for row, end in zip(examples.rows.tolist(), examples.ends.tolist(), strict=True):
+                point = begins[row] + end
+                points.add(point)
+                assert point % every == 0 or point in (split.first_target, lowest[row])
+        ends.append(points)
+    assert len(ends[1]) < len(ends[0])

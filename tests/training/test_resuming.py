@@ -13,12 +13,21 @@ from safetensors.torch import load_file
 
 from userllm.data.batches import BatchConfig
 from userllm.training import trainer as trainer_module
-from userllm.training.trainer import COMPLETE, last_checkpoint
+from userllm.training.trainer import COMPLETE, TRAIN_CPU, last_checkpoint
 
 
 def without_times(history):
-    """The log without its closing summaries, which tell seconds."""
-    return [entry for entry in history if "train_runtime" not in entry]
+    """The log without the seconds it tells."""
+    kept = [entry for entry in history if "train_runtime" not in entry]
+    return [{name: value for name, value in entry.items() if name != TRAIN_CPU} for entry in kept]
+
+
+def test_cpu_seconds_of_training_add_up_over_a_break(run_pretrain, interrupted, tmp_path):
+    with interrupted(step=8):
+        run_pretrain(tmp_path / "pretrain")
+    _, history = run_pretrain(tmp_path / "pretrain")
+    seconds = [entry[TRAIN_CPU] for entry in history if TRAIN_CPU in entry]
+    assert len(seconds) > 2 and seconds[0] > 0 and seconds == sorted(seconds)
 
 
 def checkpoints(folder):

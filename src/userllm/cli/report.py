@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from userllm.cli.arguments import add_command, add_config
@@ -30,5 +29,5 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from userllm.cli.configuration import load_config
 
-        folder = Path("runs") / load_config(arguments.config, arguments.overrides)[0].name
+        folder = arguments.runs / load_config(arguments.config, arguments.overrides)[0].name
     print(write_report(folder))

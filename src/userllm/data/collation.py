@@ -12,7 +12,7 @@ import torch
 from userllm.data.store import Dataset
 from userllm.data.time_gaps import time_gap_ids
 from userllm.data.vocabulary import PADDING, UNKNOWN, FieldVocabulary, Vocabulary
-from userllm.events import UNKNOWN_TIME, HistoryBatch, UserHistory
+from userllm.events import UNKNOWN_TIME, Event, HistoryBatch, TextOf, UserHistory
 
 Row = tuple[int, int, int]
 """(user, start, stop): the events ``start:stop`` of a user."""
@@ -113,7 +113,9 @@ class HistoryCollator:
                 for field in self.event_fields:
                     if field.name in event.fields:
                         event_ids[field.name][b, s] = field.id_of(event.fields[field.name])
-        return self.from_arrays(item_rows, event_ids, times, mask), list(unknown)
+        batch = self.from_arrays(item_rows, event_ids, times, mask)
+        batch.texts = [_texts_of(row) for row in events]
+        return batch, list(unknown)
 
     def row_of(self, item: str) -> int:
         """The item's row in the table, by raw id or unique title; ``num_items`` where there is none."""
@@ -133,25 +135,23 @@ class HistoryCollator:
         return rows | {raw_id: row for row, raw_id in enumerate(self.items["id"].to_list())}
 
 
+def _texts_of(events: Sequence[Event]) -> TextOf:
+    return lambda name, place: str(events[place].fields[name]) if name in events[place].fields else ""
+
+
 class StoredHistories:
-    """Batches of a prepared dataset's histories; event-level fields and time gaps are encoded once, up front.
+    """Batches of a prepared dataset's histories. Of the events only those of a batch are read.
 
     The time gap of a history's first event is the one to the event before it in the dataset, inside the history or not.
     """
 
     def __init__(self, dataset: Dataset, vocabulary: Vocabulary, collator: HistoryCollator | None = None):
+        self.dataset = dataset
         self.collator = collator or HistoryCollator(dataset.items, vocabulary)
         self.offsets = dataset.offsets
         self.items = dataset.events["item"]
         self.times = dataset.events["time"]
-        self.event_ids = {
-            field.name: self.collator.encode_values(field, dataset.events[field.name])
-            for field in self.collator.event_fields
-        }
-        first = np.zeros(len(self.times), dtype=bool)
-        first[self.offsets[:-1]] = True
-        for field in self.collator.time_fields:
-            self.event_ids[field.name] = time_gap_ids(field, self.times, first)
+        self.values = {field.name: dataset.events[field.name] for field in self.collator.event_fields}
 
     def batch(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
         """The histories ``(user, start, stop)``, padded to the longest (at least 1)."""
@@ -160,8 +160,23 @@ class StoredHistories:
         steps = np.arange(max(1, lengths.max(initial=0)))
         mask = steps < lengths[:, None]
         index = np.where(mask, (self.offsets[users] + starts)[:, None] + steps, 0)
-        event_ids = {name: ids[index] for name, ids in self.event_ids.items()}
-        return self.collator.from_arrays(self.items[index], event_ids, self.times[index], mask)
+        times = self.times[index]
+        event_ids = {
+            field.name: self.collator.encode_values(field, self.values[field.name][index])
+            for field in self.collator.event_fields
+        }
+        if self.collator.time_fields:
+            first = index == self.offsets[users][:, None]
+            before = self.times[np.maximum(index - 1, 0)]
+            event_ids |= {
+                field.name: time_gap_ids(field, times, first, before) for field in self.collator.time_fields
+            }
+        batch = self.collator.from_arrays(self.items[index], event_ids, times, mask)
+        batch.texts = [self._texts_from(start) for start in (self.offsets[users] + starts).tolist()]
+        return batch
+
+    def _texts_from(self, first: int) -> TextOf:
+        return lambda name, place: self.dataset.event_texts(name, [first + place])[0]
 
     def targets(self, rows: Sequence[Row] | np.ndarray) -> HistoryBatch:
         """The event ``stop`` that follows each row, as a batch with S = 1."""

@@ -38,6 +38,8 @@ class ColumnWriter:
         self.rows += len(values)
 
     def close(self) -> None:
+        if self._file.closed:
+            return
         self._file.seek(0)
         if self._write_header() != self._start:
             raise AssertionError("numpy reserves room for the length of an array in its header")
@@ -53,6 +55,22 @@ class ColumnWriter:
 def read_column(folder: Path, name: str) -> np.ndarray:
     """A column, memory-mapped: read when it is looked at. Raises OSError or ValueError if it is damaged."""
     return np.load(column_file(folder, name), mmap_mode="r").view(np.ndarray)
+
+
+def read_stretch(folder: Path, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows ``start:stop`` of a column, copied into memory: pages of a mapped file would count as memory, too."""
+    with open(column_file(folder, name), "rb") as file:
+        np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        file.seek(start * dtype.itemsize, os.SEEK_CUR)
+        return np.fromfile(file, dtype, stop - start)
+
+
+def write_column(folder: Path, name: str, values: np.ndarray) -> None:
+    """A whole column at once."""
+    writer = ColumnWriter(column_file(folder, name), values.dtype.newbyteorder("<").str)
+    writer.append(values)
+    writer.close()
 
 
 class TextWriter:
@@ -132,6 +150,14 @@ def fingerprint(
             else:
                 digest.update(np.ascontiguousarray(column[start:stop]).data)
     return digest.hexdigest()
+
+
+def distinct(column: np.ndarray) -> np.ndarray:
+    """The values of a column in order, each once."""
+    found = np.empty(0, dtype=column.dtype)
+    for start in range(0, len(column), BLOCK):
+        found = np.union1d(found, np.unique(column[start : start + BLOCK]))
+    return found
 
 
 def users_of(offsets: np.ndarray, start: int, stop: int) -> np.ndarray:

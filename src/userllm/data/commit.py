@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from userllm.data.card import DatasetCard
@@ -37,6 +38,21 @@ def scratch_beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
 def files_name() -> str:
     """A name for a dataset's files that no earlier ones had."""
     return f"data-{secrets.token_hex(4)}"
+
+
+def created_by() -> str:
+    """The version of userllm that writes."""
+    try:
+        return f"userllm {metadata.version('userllm')}"
+    except metadata.PackageNotFoundError:
+        return "userllm (from a source folder)"
+
+
+def check_unchanged(folder: Path, card: DatasetCard) -> None:
+    """Raise UserError where somebody replaced a dataset while it was being added to."""
+    file = folder / "card.json"
+    if not file.is_file() or DatasetCard.from_json(file.read_text(encoding="utf-8"), file) != card:
+        raise UserError(f"{folder}: was changed meanwhile by another command; append again")
 
 
 def put_in_place(folder: Path, scratch: Path, files: Path, card: DatasetCard) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from userllm.data.columns import BLOCK
 from userllm.data.store import Dataset
 
 BAR = 40
@@ -21,20 +22,30 @@ def describe(dataset: Dataset, user: int | None = None) -> str:
 
 def describe_card(dataset: Dataset) -> str:
     card = dataset.card
-    rated = len(np.unique(dataset.events["item"]))
+    rated = int((item_counts(dataset) > 0).sum())
     lines = {
         "dataset": f"{card.name}, in {dataset.folder}",
         "source": f"{card.source.where} ({card.source.file}), served by {card.source.served_by}",
         "sha256": card.source.sha256,
         "counts": f"{card.users:,} users, {card.items:,} items ({rated:,} with events), {card.events:,} events",
         "time span": " to ".join(_day(second) for second in card.time_span),
+        "times": card.time,
         "ties": card.tie_rule,
         "fields": ", ".join(f"{f.name} ({f.kind}, per {f.level})" for f in card.fields),
+        "rows": str(card.rows),
         "filters": "; ".join(card.filters) or "none",
         "fingerprint": card.fingerprint,
         "created by": card.created_by,
     }
     return "\n".join(f"{name + ':':<13}{value}" for name, value in lines.items())
+
+
+def item_counts(dataset: Dataset) -> np.ndarray:
+    """Events of each item, [items], without having the whole column in memory."""
+    counts = np.zeros(dataset.num_items, dtype=np.int64)
+    for start in range(0, dataset.num_events, BLOCK):
+        counts += np.bincount(dataset.events["item"][start : start + BLOCK], minlength=dataset.num_items)
+    return counts
 
 
 def describe_user(dataset: Dataset, user: int) -> str:
@@ -52,8 +63,9 @@ def describe_user(dataset: Dataset, user: int) -> str:
             f"{name} {value:g}" for name, value in event.fields.items() if not isinstance(value, str)
         )
         named = [f.name for f in dataset.card.fields if f.level == "item" and f.name not in ("title", "year")]
-        told = [value for name in named for value in _several(item[name])]
-        lines.append(f"  {_day(event.time or 0)}  {values}  {item['title']}  [{', '.join(told)}]")
+        several = [", ".join(_several(item[name])) for name in named]
+        shown = [_day(event.time or 0), values, item["title"], *(f"[{text}]" for text in several)]
+        lines.append("  " + "  ".join(part for part in shown if part))
     return "\n".join(lines)
 
 

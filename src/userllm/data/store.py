@@ -7,18 +7,17 @@ Event columns are memory-mapped: opening a dataset reads its items and users, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from userllm.data.card import FORMAT_VERSION, TIE_RULE, DatasetCard, FieldSpec, RowCounts, Source
-from userllm.data.columns import ColumnWriter, Texts, TextWriter, column_file, fingerprint, read_column
-from userllm.data.commit import check_writable, files_name, put_in_place, scratch_beside
+from userllm.data.build import DatasetBuilder, Numbering
+from userllm.data.card import DatasetCard, FieldSpec, RowCounts, Source
+from userllm.data.columns import Texts, column_file, distinct, read_column
+from userllm.data.commit import check_writable
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 
@@ -54,6 +53,8 @@ class Dataset:
         texts = {spec.name for spec in card.fields if spec.level == "event" and spec.kind == "text"}
         self.events = {name: column for name, column in events.items() if name not in texts}
         self._text_starts = {name: events[name] for name in texts}
+        self.columns = events
+        """Every event column as it is on the disk: of a text the place where it begins."""
 
     @classmethod
     def open(cls, folder: Path | str) -> Dataset:
@@ -133,6 +134,11 @@ class Dataset:
     def _texts(self) -> Texts:
         return Texts(self.files / "texts.bin")
 
+    def distinct_values(self, name: str) -> np.ndarray:
+        """The values of an event field in order, each once; known since the dataset was made."""
+        file = column_file(self.files / "values", name)
+        return np.load(file) if file.is_file() else distinct(self.events[name])
+
     def user_index(self, raw_id: str) -> int:
         """The number of the user with this raw id. Raises UserError where there is none."""
         try:
@@ -153,13 +159,15 @@ class Dataset:
         first = int(self.offsets[user])
         end = int(self.offsets[user + 1])
         rows = range(first, end)[start:stop]
+        texts = {name: self.event_texts(name, rows) for name in self._text_starts}
         events = [
             Event(
                 item=self.item_ids[self.events["item"][row]],
                 time=int(self.events["time"][row]),
-                fields={name: float(self.events[name][row]) for name in self.event_fields},
+                fields={name: float(self.events[name][row]) for name in self.event_fields}
+                | {name: column[place] for name, column in texts.items() if column[place]},
             )
-            for row in rows
+            for place, row in enumerate(rows)
         ]
         return UserHistory(events, self.user_ids[user])
 
@@ -202,82 +210,24 @@ def write_dataset(
     name: str,
     source: Source,
     fields: Sequence[FieldSpec],
-    filters: Sequence[str] = (),
+    filtered: Mapping[str, int] | None = None,
 ) -> Dataset:
-    """Sort, check and write a dataset; an earlier dataset in ``folder`` is replaced once the new one is whole.
+    """Sort, check and write a dataset that is in memory; an earlier one in ``folder`` is replaced once it is whole.
 
     events: user, item (row of ``items``), time, and the event fields, in the source's row order; text fields too.
-    items: id, title, genres, year, and any further declared item field. users: id, by user number.
+    items: id, title, genres, year, and any further declared item field. users: id, by user number. filtered: how many
+    of the source's rows each filter took, by what it says.
     Raises UserError where there are no events or items, or a user without events.
     """
-    check_writable(folder)
-    if items.is_empty():
-        raise UserError(f"{source.where}: the catalogue is empty; a dataset needs at least one item")
-    if events.is_empty():
-        raise UserError(f"{source.where}: there are no events; a dataset needs at least one")
-    event_fields = [f for f in fields if f.level == "event" and f.name != "item"]
-    types: dict[str, Any] = {"user": pl.Int32, "item": pl.Int32, "time": pl.Int64}
-    types |= {f.name: pl.String if f.kind == "text" else pl.Float32 for f in event_fields}
-    events = events.select(pl.col(column).cast(dtype) for column, dtype in types.items())
-    events = events.sort("user", "time", maintain_order=True)
-    counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
-    if (counts == 0).any():
-        raise UserError(
-            f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user"
-        )
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    items = items.drop("item", strict=False).with_row_index("item").cast({"item": pl.Int32})
-    users = users.select(pl.int_range(pl.len(), dtype=pl.Int32).alias("user"), pl.col("id"))
-    with scratch_beside(folder) as scratch:
-        files = Path(scratch) / "files"
-        (files / "events").mkdir(parents=True)
-        items.write_parquet(files / "items.parquet")
-        users.write_parquet(files / "users.parquet")
-        write_column(files, "offsets", offsets)
-        texts = TextWriter(files / "texts.bin") if any(f.kind == "text" for f in event_fields) else None
-        for column in events.columns[1:]:
-            if types[column] == pl.String:
-                assert texts is not None
-                values = texts.append(events[column].to_list())
-            else:
-                values = events[column].to_numpy()
-            write_column(files / "events", column, values)
-        if texts is not None:
-            texts.close()
-        times = events["time"].to_numpy()
-        columns = {column: read_column(files / "events", column) for column in events.columns[1:]}
-        card = DatasetCard(
-            format_version=FORMAT_VERSION,
-            name=name,
-            source=source,
-            users=len(users),
-            items=len(items),
-            events=len(events),
-            time_span=(int(times.min()), int(times.max())),
-            tie_rule=TIE_RULE,
-            fields=tuple(fields),
-            fingerprint=fingerprint(
-                offsets, columns, items["title"], None if texts is None else Texts(files / "texts.bin")
-            ),
-            filters=tuple(filters),
-            created_by=_created_by(),
-            files=files_name(),
-            rows=RowCounts(len(events), len(events)),
-            time="seconds since 1970",
-        )
-        put_in_place(folder, Path(scratch), files, card)
+    with DatasetBuilder(folder, fields, items=items) as builder:
+        builder.users = Numbering(users["id"].to_list())
+        counts = np.bincount(events["user"].to_numpy(), minlength=len(users))
+        if (counts == 0).any() and len(events):
+            raise UserError(
+                f"{source.where}: user {users['id'][int(counts.argmin())]} has no events; remove that user"
+            )
+        builder.add_numbered(events)
+        taken = dict(filtered or {})
+        builder.counts += RowCounts(sum(taken.values()), 0, filtered=taken)
+        builder.finish(name=name, source=source, time="seconds since 1970")
     return Dataset.open(folder)
-
-
-def write_column(folder: Path, name: str, values: np.ndarray) -> None:
-    """A whole column at once."""
-    writer = ColumnWriter(column_file(folder, name), values.dtype.newbyteorder("<").str)
-    writer.append(values)
-    writer.close()
-
-
-def _created_by() -> str:
-    try:
-        return f"userllm {metadata.version('userllm')}"
-    except metadata.PackageNotFoundError:
-        return "userllm (from a source folder)"

@@ -130,7 +130,7 @@ def _field_vocabulary(dataset: Dataset, name: str) -> FieldVocabulary:
     if name == "item":
         values = dataset.item_ids
     elif spec.level == "event":
-        values = [value_text(value) for value in np.unique(dataset.events[name]).tolist()]
+        values = [value_text(value) for value in dataset.distinct_values(name).tolist()]
     else:
         column = dataset.items[name]
         found = (column.explode() if spec.kind == "multi" else column).drop_nulls().unique().sort()

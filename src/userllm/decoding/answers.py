@@ -8,6 +8,7 @@ Two normalisations of an answer's log-likelihood:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from userllm.decoding.prefix_tree import PrefixTree, segment_log_softmax
 
 Normalization = Literal["catalogue", "vocabulary"]
+Advice = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Someone else's say in a choice: the LM's logits [C] of children -> logits [C]; also given the nodes [Q] chosen at,
+the children's rows in Q, and the children, [C]."""
 
 
 @dataclass
@@ -89,35 +93,30 @@ class ClosedAnswers:
             child=next_step,
         )
 
-    def choices(self, hidden: Tensor, nodes: Tensor, head: LogitHead) -> tuple[Tensor, Tensor, Tensor]:
+    def choices(
+        self, hidden: Tensor, nodes: Tensor, head: LogitHead, advice: Advice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of all children of ``nodes`` [Q], from hidden states [Q, D], in one flat list.
 
         Returns (rows, children, log_p): for each candidate its row in Q, its node, its log-probability.
+        advice: changes the children's logits.
         """
         tree = self.tree
         rows, children = tree.children(nodes)
         if self.normalization == "catalogue":
-            logits = head(hidden, tree.vocabulary).float()
-            return rows, children, segment_log_softmax(logits[rows, tree.column[children]], rows, len(nodes))
-        log_p = torch.log_softmax(head(hidden).float(), dim=-1)
-        return rows, children, log_p[rows, tree.token[children]]
+            logits = head(hidden, tree.vocabulary).float()[rows, tree.column[children]]
+            logits = logits if advice is None else advice(logits, nodes, rows, children)
+            return rows, children, segment_log_softmax(logits, rows, len(nodes))
+        logits, tokens = head(hidden).float(), tree.token[children]
+        if advice is not None:
+            advised = advice(logits[rows, tokens], nodes, rows, children)
+            logits = logits.index_put((rows, tokens), advised)
+        return rows, children, torch.log_softmax(logits, dim=-1)[rows, tokens]
 
     def chosen(self, log_p: Tensor, children: Tensor, rows: Tensor, child: Tensor) -> Tensor:
         """Picks each choice's own child out of the flat list of ``choices``: [Q]."""
         hit = children == child[rows]
         return log_p[hit]
-
-    def child_masses(self, nodes: Tensor, rows: Tensor, children: Tensor, probabilities: Tensor) -> Tensor:
-        """An answer-level distribution as a distribution over children, in the flat order of ``choices``.
-
-        nodes [Q], rows and children as ``choices`` returns them, probabilities [Q, N] over answers.
-        """
-        tree = self.tree
-        ranked = torch.cumsum(probabilities[:, tree.order].double(), dim=1)
-        ranked = torch.cat([torch.zeros_like(ranked[:, :1]), ranked], dim=1)
-        mass = ranked[rows, tree.high[children]] - ranked[rows, tree.low[children]]
-        whole = torch.zeros(len(nodes), dtype=mass.dtype, device=mass.device).index_add(0, rows, mass)
-        return (mass / whole.clamp_min(1e-30)[rows]).to(probabilities.dtype)
 
 
 class LogitHead:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from userllm.decoding.answers import ClosedAnswers, LogitHead
+from userllm.decoding.answers import Advice, ClosedAnswers, LogitHead
 
 
 class TextState(Protocol):
@@ -45,11 +45,13 @@ def search_answers(
     k: int,
     beams: int | None = None,
     excluded: Tensor | None = None,
+    advice: Advice | None = None,
 ) -> Ranking:
     """The k best answers for each of B = ``users`` users by beam search on the trie.
 
     beams: hypotheses kept per user and step (default k). excluded: [B, N] bool, answers never to give (items already
-    in the history); they are passed over, the others' scores do not change.
+    in the history); they are passed over, the others' scores do not change. advice: see ``ClosedAnswers.choices``; the
+    nodes it is given are as many for every user, user by user.
     """
     tree, device = answers.tree, answers.prompt_ids.device
     beams = k if beams is None else beams
@@ -68,7 +70,7 @@ def search_answers(
         )
         node[:] = -1
     while bool((node >= 0).any()):
-        rows, children, log_p = answers.choices(hidden, node.flatten(), head)
+        rows, children, log_p = answers.choices(hidden, node.flatten(), head, advice)
         total = score.flatten()[rows] + log_p
         user = rows // width
         ended = tree.child_count[children] == 0 if whole else tree.is_single(children)

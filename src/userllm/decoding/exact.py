@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from userllm.decoding.answers import ClosedAnswers, LogitHead
+from userllm.decoding.answers import Advice, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import TextState
 
 
@@ -48,11 +48,12 @@ def score_answers(
     users: int,
     asked: Tensor,
     block: int = 256,
+    advice: Advice | None = None,
 ) -> Tensor:
     """Log-likelihood [B, A], in nats, of answers ``asked`` [A] (any order, repeats allowed) for B = ``users`` users.
 
     What ``ContextualLM.answer_log_likelihood`` says of each, to float tolerance. block: texts advanced at once (users
-    times nodes; at least one node).
+    times nodes; at least one node). advice: as in ``search_answers``.
     """
     tree, device = answers.tree, answers.prompt_ids.device
     whole = answers.normalization == "vocabulary"
@@ -71,7 +72,7 @@ def score_answers(
 
     def choose(state: ForkableState, hidden: Tensor, nodes: Tensor, scores: Tensor) -> None:
         """Score the children of nodes [n] that were just read; those with more choices below them wait their turn."""
-        rows, children, log_p = answers.choices(hidden, nodes.repeat(users), head)
+        rows, children, log_p = answers.choices(hidden, nodes.repeat(users), head, advice)
         each = len(rows) // users  # every user stands at the same nodes
         rows, children = rows[:each], children[:each]
         scores = scores[:, rows] + log_p.view(users, each)

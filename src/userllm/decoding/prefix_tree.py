@@ -10,6 +10,7 @@ distribution becomes a distribution over children by differences of one cumulati
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -165,6 +166,39 @@ class PrefixTree:
     def is_single(self, nodes: Tensor) -> Tensor:
         """Whether exactly one answer lies below each node."""
         return self.high[nodes] - self.low[nodes] == 1
+
+
+class NodeMasses:
+    """B distributions over the answers [B, N], as probabilities of nodes: differences of one cumulative sum.
+
+    The sum is float64, since the children of a rare node are small differences of it.
+    """
+
+    def __init__(self, tree: PrefixTree, probabilities: Tensor):
+        self.tree = tree
+        ranked = torch.cumsum(probabilities[:, tree.order].double(), dim=1)
+        self._below = torch.cat([torch.zeros_like(ranked[:, :1]), ranked], dim=1)
+
+    def __len__(self) -> int:
+        return len(self._below)
+
+    def select(self, users: Tensor) -> NodeMasses:
+        """Some of the distributions, in the order given."""
+        picked = copy.copy(self)
+        picked._below = self._below[users]
+        return picked
+
+    def shares(self, owners: Tensor, nodes: Tensor, rows: Tensor, children: Tensor) -> Tensor:
+        """Each child's share of its node's probability, float64, 0 where the node has none.
+
+        owners [Q]: whose distribution; nodes [Q]; and a flat list of children with their rows in Q, as
+        ``tree.children`` gives it.
+        """
+        whole = self._of(owners, nodes)[rows]
+        return self._of(owners[rows], children) / whole.clamp_min(1e-30)
+
+    def _of(self, owners: Tensor, nodes: Tensor) -> Tensor:
+        return self._below[owners, self.tree.high[nodes]] - self._below[owners, self.tree.low[nodes]]
 
 
 def segment_log_softmax(values: Tensor, rows: Tensor, count: int) -> Tensor:

@@ -32,10 +32,18 @@ class FieldShape:
 class FieldTables(nn.Module):
     """Embedding tables of the fields, their early fusion to width U, and the tied heads back.
 
-    fields: the declared fields, the item first. ``fields[j].size`` counts the two reserved ids.
+    fields: the declared fields, the item first. ``fields[j].size`` counts the two reserved ids. item_std: standard
+    deviation the item table starts with; None as for every other table, d_j^-0.5.
     """
 
-    def __init__(self, fields: list[FieldShape], width: int, item_width: int, field_width: int):
+    def __init__(
+        self,
+        fields: list[FieldShape],
+        width: int,
+        item_width: int,
+        field_width: int,
+        item_std: float | None = None,
+    ):
         super().__init__()
         self.fields = list(fields)
         widths = {f.name: item_width if f.name == "item" else field_width for f in fields}
@@ -44,9 +52,10 @@ class FieldTables(nn.Module):
         )
         self.fuse = nn.Linear(sum(widths.values()), width)
         self.heads = nn.ModuleDict({f.name: nn.Linear(width, widths[f.name]) for f in fields})
-        for table in self.tables.values():
+        for name, table in self.tables.items():
             assert isinstance(table, nn.Embedding)
-            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
+            small = item_std if name == "item" else None
+            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5 if small is None else small)
             with torch.no_grad():
                 table.weight[0].zero_()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -63,6 +64,10 @@ class ClosedEvaluator:
         self.encoder, self.config, self.progress = encoder, config, progress
         self.users = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed)
         self.rows, self.available, self.other = self.users.rows, self.users.available, self.users.other
+        self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
+        """By task evaluated so far: the users' numbers [n], and what each system said about them."""
+        self.without_user: dict[str, Tensor] = {}
+        """By task evaluated so far: log-likelihoods of all answers [N] when the model knows nobody."""
 
     def evaluate(self, name: str) -> dict[str, Any]:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
@@ -74,10 +79,11 @@ class ClosedEvaluator:
         systems: dict[str, Answered] = {}
         self.progress(f"{name}: {len(rows)} of {self.available} users")
         systems["user_llm"] = self._language_model(name, rows, rows, targets)
-        self.progress(f"{name}: with another user's history")
-        systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
+        if self.config.other_user:
+            self.progress(f"{name}: with another user's history")
+            systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
         self.progress(f"{name}: without a user, and baselines")
-        base = self.model.all_log_likelihoods(name, None).cpu()
+        base = self.without_user[name] = self.model.score_answers(name, None)[0].cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
             if self.encoder.ranks_items:
@@ -93,14 +99,40 @@ class ClosedEvaluator:
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
             if task.config.field in self.stored.collator.vocabulary:
                 systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
+        self.answered[name] = rows[:, 0], systems
         return self._entry(len(rows), systems)
+
+    def per_user(self) -> pl.DataFrame:
+        """What every system said about every user so far: task, user (raw id), system, rank, log_likelihood.
+
+        rank: of the true answer in the system's list, 0 where it is not among the first ``list_length``.
+        """
+        ids = np.array(self.dataset.user_ids)
+        parts = [
+            pl.DataFrame(
+                {
+                    "task": [task] * len(users),
+                    "user": ids[users],
+                    "system": [system] * len(users),
+                    "rank": self._within(said).astype(np.int32),
+                    "log_likelihood": np.full(len(users), np.nan)
+                    if said.log_likelihood is None
+                    else said.log_likelihood,
+                }
+            )
+            for task, (users, systems) in self.answered.items()
+            for system, said in systems.items()
+        ]
+        return pl.concat(parts)
+
+    def _within(self, said: Answered) -> np.ndarray:
+        return np.where(said.ranks <= self.config.list_length, said.ranks, 0)
 
     def _entry(self, n: int, systems: dict[str, Answered]) -> dict[str, Any]:
         entry: dict[str, Any] = {"n": n, "N": self.available}
-        entry["invalid_items"] = systems["user_llm"].invalid + systems["user_llm_shuffled"].invalid
+        entry["invalid_items"] = sum(said.invalid for said in systems.values())
         for system, said in systems.items():
-            within = np.where(said.ranks <= self.config.list_length, said.ranks, 0)
-            entry[system] = {key: e.as_dict() for key, e in ranking_metrics(within).items()}
+            entry[system] = {key: e.as_dict() for key, e in ranking_metrics(self._within(said)).items()}
             if said.log_likelihood is not None:
                 zeros = np.zeros(n)
                 entry[system]["log_likelihood"] = paired_gain(said.log_likelihood, zeros).as_dict()
@@ -111,7 +143,7 @@ class ClosedEvaluator:
         entry["gain_nats"] = {
             f"over_{name}": paired_gain(own, against).as_dict()
             for name, system in (("shuffled", "user_llm_shuffled"), ("no_user", "no_user"))
-            if (against := systems[system].log_likelihood) is not None
+            if system in systems and (against := systems[system].log_likelihood) is not None
         }
         return entry
 

@@ -109,7 +109,7 @@ def knowledge_kept(
         without_user = read_text(model.lm, *how)
     each = []
     for user in range(len(users)):
-        alone = users.select(torch.tensor([user], device=users.tokens.device)).for_free_text()
+        alone = users.select(torch.tensor([user], device=users.tokens.device))
         with model.conditioned(alone):
             each.append(read_text(model.lm, *how, prefix=alone.prefix))
     with_users = Reading(sum(one.nats_per_token for one in each) / len(each), before.tokens)

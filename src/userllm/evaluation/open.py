@@ -2,7 +2,8 @@
 
 Every system gets the same prompts. "no_user" is the base LM with the prompt alone: it has not been trained on such
 texts, so beating it says little about users. "user_llm_shuffled" is the trained model with somebody else's history: it
-knows the kind of text as well as User-LLM does, and what it lacks is the user.
+knows the kind of text as well as User-LLM does, and what it lacks is the user. Where a task knows a text of the user's
+that could simply be copied ("own_last"), so does the evaluation; "other_last" copies somebody else's.
 
 What is measured of the texts is a list of functions, ``(targets, texts) -> by name`` one number per text, or one number
 of all texts together.
@@ -36,7 +37,8 @@ SYSTEMS = ("user_llm", "user_llm_shuffled", "no_user")
 
 @dataclass
 class Texts:
-    """What was asked and written: user rows [n, 3], examples [n], texts by system and decoding, losses by system."""
+    """What was asked and written: user rows [n, 3], examples [n], texts by system and decoding (of the first users
+    only, perhaps), losses by system."""
 
     rows: np.ndarray
     examples: list[TextExample]
@@ -90,6 +92,9 @@ class OpenEvaluator:
         self.progress(f"{name}: texts for {len(places)} of {self.users.available} users")
         for system, histories in zip(SYSTEMS, (texts.rows, other, None), strict=True):
             self._answer(task.config.target_tokens, texts, system, histories)
+        for system, histories in (("own_last", texts.rows), ("other_last", other)):
+            if (copies := task.copied(self.dataset, histories[:, 0], histories[:, 2])) is not None:
+                texts.written[system, "greedy"] = copies
         return texts
 
     @torch.no_grad()
@@ -109,8 +114,17 @@ class OpenEvaluator:
             nats.append(nll.double().cpu().numpy())
             tokens.append(count.cpu().numpy())
             for name, decoding in self.decodings.items():
-                numbers = range(start, start + len(examples))
-                written[name] += self.model.write_texts(prompts, users, decoding, numbers)
+                count = len(examples)
+                if name == "sampled" and self.config.text.sampled_users is not None:
+                    count = min(count, self.config.text.sampled_users - start)
+                if count > 0:
+                    some = (
+                        users
+                        if users is None
+                        else users.select(torch.arange(count, device=users.mask.device))
+                    )
+                    numbers = range(start, start + count)
+                    written[name] += self.model.write_texts(prompts[:count], some, decoding, numbers)
         texts.nats[system] = np.concatenate(nats)
         texts.tokens = np.concatenate(tokens)
         texts.written |= {(system, decoding): said for decoding, said in written.items()}
@@ -124,11 +138,14 @@ class OpenEvaluator:
         entry: dict[str, Any] = {
             "n": len(texts.rows),
             "N": self.users.available,
-            "decoding": {name: asdict(decoding) for name, decoding in self.decodings.items()},
+            "decoding": {
+                name: asdict(decoding) | {"users": len(texts.written["user_llm", name])}
+                for name, decoding in self.decodings.items()
+            },
             "whole": {},
         }
         measured = {
-            _called(system, decoding): _measured(texts.targets, said, metrics)
+            _called(system, decoding): _measured(texts.targets[: len(said)], said, metrics)
             for (system, decoding), said in texts.written.items()
         }
         measured["target"] = _measured(texts.targets, texts.targets, metrics)
@@ -167,7 +184,7 @@ class OpenEvaluator:
                 "user": self.dataset.user_ids[int(row[0])],
                 "prompt": example.prompt,
                 "target": example.target,
-                **{_called(*key): said[n] for key, said in texts.written.items()},
+                **{_called(*key): said[n] for key, said in texts.written.items() if n < len(said)},
             }
             for n, (row, example) in enumerate(zip(texts.rows, texts.examples, strict=True))
         ]

@@ -48,10 +48,10 @@ class RatingReader:
         return np.asarray(self.model.predict(list(texts)))
 
     def agreement(self, ratings: np.ndarray, resamples: int = 1000) -> TextMetric:
-        """A measure of texts written for events with these ratings [n]: "rating_agreement", a correlation."""
+        """A measure of texts written for events with these ratings [n], or for the first of them."""
 
         def measure(_: Sequence[str], texts: Sequence[str]) -> dict[str, Estimate]:
-            return {"rating_agreement": rank_correlation(self(texts), ratings, resamples)}
+            return {"rating_agreement": rank_correlation(self(texts), ratings[: len(texts)], resamples)}
 
         return measure
 

@@ -22,11 +22,14 @@ class TextEvaluationConfig:
     """Settings of the texts that the comparisons rest on."""
     sampled: TextDecoding | None = field(default_factory=lambda: TextDecoding(sample=True, top_p=0.95))
     """Settings of a second set of texts, drawn; null: none."""
+    sampled_users: int | None = 100
+    """Users of these, the first, who get drawn texts, too; null: all."""
 
     def check(self) -> None:
         """Raise UserError for settings that cannot be used."""
-        if self.users is not None and self.users < 2:
-            raise UserError(f"evaluation.text.users is {self.users}; it takes at least two users")
+        for name, users in (("users", self.users), ("sampled_users", self.sampled_users)):
+            if users is not None and users < 2:
+                raise UserError(f"evaluation.text.{name} is {users}; it takes at least two users")
         for decoding in (self.greedy, self.sampled):
             if decoding is not None:
                 decoding.check()
@@ -40,6 +43,11 @@ class EvaluationConfig:
     """Part of the split."""
     users: int | None = None
     """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
+    among: int | None = None
+    """Draw ``users`` from a sample of this size, itself drawn by the seed: runs that differ in ``users`` alone then
+    answer for some of the same users and can be compared pair by pair; null: from all."""
+    other_user: bool = True
+    """Whether the model is also asked with somebody else's history. It doubles the time."""
     list_length: int = 20
     """Answers the language model gives per user."""
     beams: int = 20
@@ -73,9 +81,10 @@ class EvaluatedUsers:
         """Raises UserError where there are not two users."""
         rows = split.examples(config.part, max_length=max_length)
         available = len(rows)
-        if config.users is not None and config.users < len(rows):
-            rng = np.random.default_rng([seed, 11])
-            rows = rows[np.sort(rng.choice(len(rows), config.users, replace=False))]
+        for size in (config.among, config.users):
+            if size is not None and size < len(rows):
+                rng = np.random.default_rng([seed, 11])
+                rows = rows[np.sort(rng.choice(len(rows), size, replace=False))]
         if len(rows) < 2:
             raise UserError(
                 f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"

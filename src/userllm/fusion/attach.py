@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from userllm.errors import UserError
-from userllm.fusion.catalogue import CatalogueBlock
+from userllm.fusion.catalogue import LikelyItems
 from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.prefix import Prefix
 
@@ -30,14 +30,15 @@ class UserContext:
     """The users a fused LM is talking to: a value, made once and passed around.
 
     tokens [B, M, U], mask [B, M]. Keys and values are projected at most once per block and live here, so that they go
-    when the context goes. ``prefix`` stands before the prompt; ``catalogue`` [B, J, D] is what ``CatalogueBlock`` says.
+    when the context goes. ``prefix`` stands before the prompt; ``likely`` is what the encoder says of the
+    catalogue's items, for ``CatalogueWeights``.
     ``recorded`` collects attention weights per layer where a list is given.
     """
 
     tokens: Tensor
     mask: Tensor
     prefix: Prefix | None = None
-    catalogue: Tensor | None = None
+    likely: LikelyItems | None = None
     keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     recorded: dict[int, list[Tensor]] | None = None
 
@@ -54,12 +55,8 @@ class UserContext:
         """The context of some of the users, in the order given; projected keys and values are kept."""
         kept = {i: (k[users], v[users]) for i, (k, v) in self.keys_values.items()}
         prefix = None if self.prefix is None else self.prefix.select(users)
-        catalogue = None if self.catalogue is None else self.catalogue[users]
-        return UserContext(self.tokens[users], self.mask[users], prefix, catalogue, kept)
-
-    def for_free_text(self) -> UserContext:
-        """The same users without what ``CatalogueBlock`` says, which answers one question only: what comes next."""
-        return replace(self, catalogue=None)
+        likely = None if self.likely is None else self.likely.select(users)
+        return UserContext(self.tokens[users], self.mask[users], prefix, likely, kept)
 
 
 @dataclass
@@ -72,22 +69,11 @@ class Slot:
 
 
 class FusedLayer(nn.Module):
-    """Cross-attention to the user, then the language model's own layer, then the catalogue's block if there is one.
+    """Cross-attention to the user, then the language model's own layer. Unknown attributes are the layer's."""
 
-    Unknown attributes are the layer's.
-    """
-
-    def __init__(
-        self,
-        block: CrossAttentionBlock,
-        layer: nn.Module,
-        index: int,
-        slot: Slot,
-        after: CatalogueBlock | None = None,
-    ):
+    def __init__(self, block: CrossAttentionBlock, layer: nn.Module, index: int, slot: Slot):
         super().__init__()
         self.user_block = block
-        self.after = after
         self.layer = layer
         self.index = index
         self.slot = slot
@@ -111,12 +97,7 @@ class FusedLayer(nn.Module):
                 "this language model is fused with user cross-attention: call it inside model.conditioned(users), "
                 "or inside model.without_user() to leave the user out on purpose"
             )
-        output = self.layer(hidden_states, *args, **kwargs)
-        if self.after is None or slot.context is None or slot.context.catalogue is None:
-            return output
-        if isinstance(output, tuple):
-            return (self.after(output[0], slot.context.catalogue), *output[1:])
-        return self.after(output, slot.context.catalogue)
+        return self.layer(hidden_states, *args, **kwargs)
 
 
 class ReplayLayer(nn.Module):
@@ -170,20 +151,13 @@ class Attachment:
     """Cross-attention blocks attached to a language model.
 
     ``blocks`` maps the index of each fused layer to its block; without any, nothing is attached. The language model
-    must have its LoRA adapters, if any, before it is attached. ``after`` comes after the last layer, which must
-    be fused then.
+    must have its LoRA adapters, if any, before it is attached.
     """
 
-    def __init__(
-        self,
-        lm: PreTrainedModel,
-        blocks: dict[int, CrossAttentionBlock],
-        after: CatalogueBlock | None = None,
-    ):
+    def __init__(self, lm: PreTrainedModel, blocks: dict[int, CrossAttentionBlock]):
         self.slot = Slot()
         self.layers = find_layers(lm)
         self.blocks = dict(sorted(blocks.items()))
-        self.after = after
         if not all(0 <= i < len(self.layers) for i in blocks):
             raise UserError(
                 f"fused layers {sorted(blocks)} do not fit a language model of {len(self.layers)} layers"
@@ -198,10 +172,7 @@ class Attachment:
             raise RuntimeError("already attached")
         for index, layer in enumerate(list(self.layers)):
             if index in self.blocks:
-                last = index == len(self.layers) - 1
-                self.layers[index] = FusedLayer(
-                    self.blocks[index], layer, index, self.slot, self.after if last else None
-                )
+                self.layers[index] = FusedLayer(self.blocks[index], layer, index, self.slot)
             elif index < self.first:
                 self.layers[index] = ReplayLayer(layer, index, self.slot)
         self.attached = True

@@ -1,114 +1,85 @@
-"""From a user embedding to the catalogue's titles in the language model's own space (ours; neither paper has it).
+"""The encoder's own ranking, heard wherever an item is being named (ours; neither paper has it).
 
-A frozen language model scores a next token by the product of its output with 576 or so numbers per token. What a user
-embedding says about thousands of items cannot get through a linear map into so few: on MovieLens-1M the best one ranks
-about a quarter as well as the encoder does. What does get through is a *sparse* message: which few titles this user is
-likely to see next. So the user attends to the catalogue,
+A frozen language model scores 1,632 different first tokens of MovieLens-1M's titles through 576 numbers: what a user
+embedding says about thousands of items does not get through (docs/log.md). So where a title is being written, at node n
+of the tree of all titles, two opinions on its children are added up (log-linear interpolation, "shallow fusion"):
 
-    keys    the encoder's own item vectors, as stage 1 left them        weights  relu(log p(item | user) + threshold)
-    values  the language model's embeddings of a title's first tokens   result   one vector per token position, [J, D]
+    score(child | n, user) = a . LM's logit + b . log p(child | n, user) + c
 
-and the result is added, gated, to what the last layer puts out. Which of the J vectors a text position takes up is for
-its own hidden state to say: at the first token of an answer the first, later the others, and none where the question is
-another. In free text (``free_text.py``) the block is switched off: titles are no part of the language there.
+p: the encoder's probability of the titles below the child, among those below n. a, b, c are learned, one of each for
+the first tokens of a title and one for all that follow; they begin at 1, 0, 0, so that the LM starts as itself, and say
+in the end how much of an answer is whose. Any other text or task is left alone, and so is a user without a history.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from userllm.decoding.prefix_tree import NodeMasses
+
+LEAST = 1e-6
+"""Shares of a node's probability below this count as this: nothing learns from a difference between never and never."""
 
 
 @dataclass
 class CatalogueConfig:
-    """Attention from the user to the catalogue."""
+    """Log-linear interpolation with the encoder's ranking."""
 
-    items: int = 128
-    """Most likely items that take part."""
     tokens: int = 3
-    """J, leading tokens of a title that have a vector of their own."""
-    start: float = 0.1
-    """The gate at the start. At 0 the LM starts as itself, as with cross-attention, but this block then learns late:
-    what it says helps only once the LM's own preference among titles has been overcome."""
+    """Leading tokens of a title with weights of their own; all that follow share the last's."""
 
 
-class CatalogueBlock(nn.Module):
-    """Adds to text hidden states what the user's most likely items would be called.
+@dataclass
+class LikelyItems:
+    """What B users will have next, as the encoder sees it: masses over the tree of the titles; known [B]: who has a
+    history at all."""
 
-    title_tokens: [N, J] token ids of each item's title, -1 where a title is shorter. table: [V, D], the LM's output
-    embeddings, read when the block is built to find the map that tells titles apart, and again for every user.
-    """
+    masses: NodeMasses
+    known: Tensor
 
-    def __init__(self, config: CatalogueConfig, title_tokens: Tensor, table: Tensor):
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def select(self, users: Tensor) -> LikelyItems:
+        """Those of some of the users, in the order given."""
+        return LikelyItems(self.masses.select(users), self.known[users])
+
+
+class CatalogueWeights(nn.Module):
+    """The learned weights a, b, c: see the module."""
+
+    def __init__(self, config: CatalogueConfig):
         super().__init__()
-        self.config = config
-        items, positions = title_tokens.shape
-        self.register_buffer("title_tokens", title_tokens, persistent=False)
-        self.title_tokens: Tensor
-        self.threshold = nn.Parameter(torch.tensor(math.log(items) - 1))
-        # saved with the rest: after training with strategy "full" the table says something else
-        self.register_buffer(
-            "size", table.detach()[title_tokens[title_tokens >= 0]].float().pow(2).mean().sqrt()
-        )
-        self.size: Tensor
-        found = [_separating(title_tokens[:, j], table.detach(), float(self.size)) for j in range(positions)]
-        self.maps = nn.Parameter(torch.stack([to_text for to_text, _ in found]))
-        self.centres = nn.Parameter(torch.stack([centre for _, centre in found]))
-        self.choose = nn.Linear(table.shape[1], positions)
-        nn.init.zeros_(self.choose.weight)
-        nn.init.constant_(
-            self.choose.bias, -2.0
-        )  # later tokens' vectors are noise at an answer's first token
-        with torch.no_grad():
-            self.choose.bias[0] = 2.0
-        self.norm = nn.LayerNorm(table.shape[1])
-        self.gate = nn.Parameter(torch.full((1,), config.start))
+        self.lm = nn.Parameter(torch.ones(config.tokens))
+        self.encoder = nn.Parameter(torch.zeros(config.tokens))
+        self.offset = nn.Parameter(torch.zeros(config.tokens))
 
-    def vectors(self, log_p: Tensor, known: Tensor, table: Tensor) -> Tensor:
-        """What the LM is told, [B, J, D], from log-probabilities of the items [B, N].
+    def forward(
+        self,
+        logits: Tensor,
+        likely: LikelyItems,
+        owners: Tensor,
+        nodes: Tensor,
+        rows: Tensor,
+        children: Tensor,
+    ) -> Tensor:
+        """The LM's logits [C] of children, interpolated.
 
-        known [B]: False for users without a history, who get zeros.
+        owners [Q]: which user; nodes [Q]; rows, children [C]: their flat list, as ``PrefixTree.children`` gives it.
         """
-        best, items = log_p.topk(min(self.config.items, log_p.shape[1]), dim=1)
-        weights = torch.relu(best + self.threshold) * known[:, None]
-        told = []
-        for tokens, centre, to_text in zip(self.title_tokens.unbind(1), self.centres, self.maps, strict=True):
-            picked = tokens[items]
-            mine = weights * (picked >= 0)
-            total = F.embedding_bag(picked.clamp_min(0), table.float(), per_sample_weights=mine, mode="sum")
-            told.append((total / self.size - mine.sum(1, keepdim=True) * centre) @ to_text)
-        return torch.stack(told, dim=1)
+        place = likely.masses.tree.depth[nodes].clamp_max(len(self.lm) - 1)[rows]
+        said = likely.masses.shares(owners, nodes, rows, children).clamp_min(LEAST).log().to(logits.dtype)
+        both = self.lm[place] * logits + self.encoder[place] * said + self.offset[place]
+        return torch.where(likely.known[owners][rows], both, logits)
 
-    def forward(self, hidden: Tensor, vectors: Tensor) -> Tensor:
-        """hidden [B*k, T, D] (k rows per user, adjacent), vectors [B, J, D] -> hidden, updated."""
-        copies = hidden.shape[0] // vectors.shape[0]
-        states = hidden.to(self.norm.weight.dtype)
-        share = torch.sigmoid(self.choose(self.norm(states)))
-        update = share @ vectors.repeat_interleave(copies, 0).to(share.dtype)
-        size = states.detach().pow(2).mean(-1, keepdim=True).sqrt()
-        return hidden + (torch.tanh(self.gate) * size * update).to(hidden.dtype)
-
-    @property
-    def gate_value(self) -> float:
-        """tanh(alpha), the share of the update that reaches the text."""
-        return float(torch.tanh(self.gate.detach()))
-
-
-def _separating(tokens: Tensor, table: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """A map [D, D] that tells titles apart best by their embeddings in units of ``size``, and the centre [D] of those.
-
-    With rows X of the tokens' embeddings, each token once, less their centre: X (X'X)^-1 X' is as close to the identity
-    as a map through D numbers gets, so (X'X)^-1 is where the map starts. The ridge keeps rare directions small; the
-    factor makes a gate of .1 to .2 right for SmolLM2 on MovieLens-1M.
-    """
-    rows = table[torch.unique(tokens[tokens >= 0])].float() / size
-    if len(rows) == 0:
-        return torch.zeros(table.shape[1], table.shape[1]), torch.zeros(table.shape[1])
-    centre = rows.mean(0)
-    square = (rows - centre).T @ (rows - centre)
-    ridge = 1e-2 * square.diagonal().mean().clamp_min(1e-12) * torch.eye(len(square), device=square.device)
-    return 5 / size * torch.linalg.inv(square + ridge), centre
+    def weights(self) -> list[dict[str, float]]:
+        """a and b by place in the title."""
+        return [
+            {"lm": a, "encoder": b}
+            for a, b in zip(self.lm.detach().tolist(), self.encoder.detach().tolist(), strict=True)
+        ]

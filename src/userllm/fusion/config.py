@@ -40,7 +40,7 @@ class FusionConfig:
     perceiver: PerceiverConfig | None = None
     """Perceiver between encoder and projection (paper's variant: 6 layers, 16 latents); none by default."""
     catalogue: CatalogueConfig | None = None
-    """Attention from the user to the catalogue's titles, behind the last layer (ours); none by default."""
+    """The encoder's own ranking is heard wherever an item is being named (ours); not by default."""
     text: HistoryTextConfig = field(default_factory=HistoryTextConfig)
     """Latest events written out in the prompt, besides or instead of the embeddings."""
 
@@ -53,8 +53,12 @@ class FusionConfig:
         """Raise UserError for settings that contradict each other."""
         if self.kind == "none" and self.text.events < 1:
             raise UserError("fusion.kind none leaves the user out; set fusion.text.events for a text prompt")
-        if self.catalogue is not None and self.kind != "cross_attention":
-            raise UserError(f"fusion.catalogue goes with kind cross_attention, not with {self.kind}")
+        if self.catalogue is not None and self.kind == "none":
+            raise UserError("fusion.catalogue hears the encoder, which fusion.kind none leaves out")
+        if self.text.summary is not None and self.text.events < 1:
+            raise UserError(
+                "fusion.text.summary: set fusion.text.events, how many of the latest are summarised"
+            )
         if self.events < 1:
             raise UserError(f"fusion.events is {self.events}; the LM needs to see at least one event")
 

@@ -6,8 +6,8 @@ itself and the tokens are put together: an event's tokens do not depend on its n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from string import Formatter
 
 import torch
@@ -19,6 +19,23 @@ from userllm.events import HistoryBatch
 
 
 @dataclass
+class SummaryConfig:
+    """A language model's summary instead of the history itself (the papers' Text Summarization; all of it ours)."""
+
+    lm: str | None = None
+    """The language model that summarises, by any name ``lm.name`` takes; null: the run's own, as it was before
+    training. It is not trained, and stays in memory beside the run's own."""
+    instruction: str = "In one sentence, what kinds of movies does this user like?"
+    """What it is asked behind the history's text, in its chat template where it has one."""
+    new_tokens: int = 48
+    """Length of a summary at most, in its tokens. Greedy."""
+    lead: str = "About this user:"
+    """Text before the summary. The history's ``close`` follows."""
+    batch: int = 16
+    """Summaries written at once."""
+
+
+@dataclass
 class HistoryTextConfig:
     """How a history is written out before the prompt."""
 
@@ -27,11 +44,18 @@ class HistoryTextConfig:
     lead: str = "Movies this user has watched, oldest first:"
     """Text before the first event (ours)."""
     event: str = " {title};"
-    """Text of one event (ours); {title} and the encoder's fields ({rating}, {genres}) are filled in."""
+    """Text of one event (ours); {title}, the encoder's fields ({rating}, {genres}) and ``texts`` are filled in."""
+    texts: list[str] = field(default_factory=list)
+    """Text fields of the events, such as a review, that stand in ``event``. White space counts as one space."""
+    text_words: int | None = None
+    """Words of such a text at most, its first; null: all."""
     close: str = "\n"
     """Text after the last event (ours). The task's prompt follows."""
     max_tokens: int = 1024
     """Tokens the whole may take; the oldest events are left out where it would take more."""
+    summary: SummaryConfig | None = None
+    """Show a summary of this text instead of the text; none by default. With ``contextualize.every`` fewer different
+    summaries are needed."""
 
 
 class HistoryText:
@@ -51,12 +75,12 @@ class HistoryText:
         self.values = dict(values)
         self.tokenizer = tokenizer
         self.places = [name for _, name, _, _ in Formatter().parse(config.event) if name is not None]
-        if unknown := [name for name in self.places if name not in self.values]:
-            known = ", ".join(f"{{{name}}}" for name in self.values)
+        if unknown := [name for name in self.places if name not in (*self.values, *config.texts)]:
+            known = ", ".join(f"{{{name}}}" for name in (*self.values, *config.texts))
             raise UserError(f"fusion.text.event: no {{{unknown[0]}}}; there are {known}")
         self.lead = self._tokens(config.lead)
         self.close = self._tokens(config.close)
-        self._events: dict[tuple[int | tuple[int, ...], ...], list[int]] = {}
+        self._events: dict[tuple[int | tuple[int, ...], ...], tuple[str, list[int]]] = {}
         if len(self.lead) + len(self.close) >= config.max_tokens:
             raise UserError(
                 f"fusion.text.max_tokens {config.max_tokens} leaves no room beside lead and close "
@@ -68,42 +92,70 @@ class HistoryText:
 
         A history without events has no text at all.
         """
-        fields = ["item" if name == "title" else name for name in self.places]
-        columns = {name: histories.fields[name].tolist() for name in fields}
         texts = [
-            self._history([columns[name][row] for name in fields], end)
-            for row, end in zip(rows.tolist(), ends.tolist(), strict=True)
+            [*self.lead, *(token for _, tokens in events for token in tokens), *self.close] if events else []
+            for events in self._histories(histories, rows, ends)
         ]
-        longest = max(map(len, texts), default=0)
-        ids = torch.zeros(len(texts), longest, dtype=torch.long)
-        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-        for place, text in enumerate(texts):
-            ids[place, longest - len(text) :] = torch.tensor(text, dtype=torch.long)
-            mask[place, longest - len(text) :] = True
-        return ids.to(rows.device), mask.to(rows.device)
+        return padded_on_the_left(texts, rows.device)
 
-    def _history(self, columns: list[list], end: int) -> list[int]:
-        room = self.config.max_tokens - len(self.lead) - len(self.close)
-        kept: list[list[int]] = []
-        for place in range(end - 1, max(end - self.config.events, 0) - 1, -1):
-            tokens = self._event([column[place] for column in columns])
-            if len(tokens) > room:
-                break
-            room -= len(tokens)
-            kept.append(tokens)
-        if not kept:
-            return []
-        return [*self.lead, *(token for tokens in reversed(kept) for token in tokens), *self.close]
+    def written(self, histories: HistoryBatch, rows: Tensor, ends: Tensor) -> list[str]:
+        """The same as texts, [E]; "" for a history without events."""
+        lead, close = self.config.lead, self.config.close
+        return [
+            f"{lead}{''.join(text for text, _ in events)}{close}" if events else ""
+            for events in self._histories(histories, rows, ends)
+        ]
 
-    def _event(self, ids: list[int | list[int]]) -> list[int]:
+    def _histories(
+        self, histories: HistoryBatch, rows: Tensor, ends: Tensor
+    ) -> Iterator[list[tuple[str, list[int]]]]:
+        """Text and tokens of the events shown of each example's history, oldest first."""
+        fields = [
+            "item" if name == "title" else name for name in self.places if name not in self.config.texts
+        ]
+        columns = {name: histories.fields[name].tolist() for name in fields}
+        shown = [name for name in self.places if name in self.config.texts]
+        if shown and histories.texts is None:
+            raise UserError(f"fusion.text.texts: nothing is known of these histories' texts ({shown[0]})")
+        for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
+            room = self.config.max_tokens - len(self.lead) - len(self.close)
+            kept: list[tuple[str, list[int]]] = []
+            for place in range(end - 1, max(end - self.config.events, 0) - 1, -1):
+                texts = {name: self._cut(histories.texts[row](name, place)) for name in shown}  # type: ignore[index]
+                event = self._event([columns[name][row][place] for name in fields], texts)
+                if len(event[1]) > room:
+                    break
+                room -= len(event[1])
+                kept.append(event)
+            yield kept[::-1]
+
+    def _event(self, ids: list[int | list[int]], texts: Mapping[str, str]) -> tuple[str, list[int]]:
         key = tuple(tuple(i) if isinstance(i, list) else i for i in ids)
-        if key not in self._events:
-            shown = {}
-            for name, value in zip(self.places, key, strict=True):
-                several = value if isinstance(value, tuple) else (value,)
-                shown[name] = ", ".join(self.values[name][v] for v in several if v != 0)
-            self._events[key] = self._tokens(self.config.event.format(**shown))
-        return self._events[key]
+        if not texts and key in self._events:
+            return self._events[key]
+        shown = dict(texts)
+        for name, value in zip([name for name in self.places if name not in texts], key, strict=True):
+            several = value if isinstance(value, tuple) else (value,)
+            shown[name] = ", ".join(self.values[name][v] for v in several if v != 0)
+        text = self.config.event.format(**shown)
+        event = text, self._tokens(text)
+        if not texts:  # a text hardly comes twice
+            self._events[key] = event
+        return event
+
+    def _cut(self, text: str) -> str:
+        return " ".join(text.split()[: self.config.text_words])
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def padded_on_the_left(texts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [E, P] of texts as tokens, and their mask [E, P]."""
+    longest = max(map(len, texts), default=0)
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+    for place, text in enumerate(texts):
+        ids[place, longest - len(text) :] = torch.tensor(text, dtype=torch.long)
+        mask[place, longest - len(text) :] = True
+    return ids.to(device), mask.to(device)

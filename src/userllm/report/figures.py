@@ -37,12 +37,12 @@ _BOOKKEEPING = {"step", "epoch", "learning_rate", "grad_norm", "eval_runtime", "
 
 TRAINING = ("loss", "parts", "validation", "measures")
 """Kinds of training curves, in the order of the page."""
-_INK, _MUTED, _LINE = "#24292f", "#59636e", "#d8dee4"
+INK, _MUTED, _LINE = "#24292f", "#59636e", "#d8dee4"
 _SIZE = (5.8, 3.5)
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 12,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _LINE,
@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
 def draw(run: RunRecord) -> dict[str, Figure]:
     """The figures of a run by name; a figure whose numbers were not recorded is not among them."""
     figures: dict[str, Figure] = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for task in run.tasks:
             if task.recalls:
                 figures[f"recall-{task.name}"] = bars(task, task.recalls)
@@ -108,7 +108,7 @@ def bars(task: Task, metrics: list[str], without: str | None = None) -> Figure:
         axes.bar(
             places, values, width * 0.92, label=label(system, SYSTEMS), color=COLOURS.get(system, _OTHER)
         )
-        axes.errorbar(places, values, errors, fmt="none", ecolor=_INK, elinewidth=0.9, capsize=2)
+        axes.errorbar(places, values, errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
     axes.set_xticks(range(len(metrics)), [METRICS.get(metric, metric) for metric in metrics])
     axes.set_ylim(bottom=0)
     figure.set_figheight(4.3)
@@ -205,7 +205,7 @@ def attention_bars(example: Example) -> Figure:
 
 def data_uri(figure: Figure) -> str:
     """The figure as an inline SVG image, the same bytes each time."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         buffer = BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -213,7 +213,7 @@ def data_uri(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a PNG file of 144 dots per inch."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=144)
 
 

@@ -21,6 +21,8 @@ SYSTEMS = {
     "user_llm_sampled": "User-LLM, drawn",
     "user_llm_shuffled_sampled": "User-LLM, another user's history, drawn",
     "no_user_sampled": "Same LM, no user, drawn",
+    "own_last": "The user's own last text, copied",
+    "other_last": "Another user's last text, copied",
     "target": "What the users wrote",
     "every_label": "Every label, for everyone",
 }

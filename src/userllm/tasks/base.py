@@ -94,6 +94,13 @@ class OpenTask(Task):
         """What to ask each user [E], who has had ``ends`` [E] events, of which the model sees the latest ``window``
         (one number, or [E]). None where there is nothing to ask."""
 
+    def copied(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray) -> list[str] | None:
+        """What each user [E] has said so far that could be copied as an answer: a baseline. None where there is none.
+
+        "" for users who have said nothing yet.
+        """
+        return None
+
 
 class NextItem(ClosedTask):
     """Which item comes next (User-LLM section 4.1). Answer n is row n of the catalogue."""

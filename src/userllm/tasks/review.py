@@ -53,6 +53,15 @@ class Review(OpenTask):
             for prompt, target in zip(prompts, targets, strict=True)
         ]
 
+    def copied(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray) -> list[str]:
+        """The text that the user wrote last."""
+        texts = []
+        for user, end in zip(users.tolist(), ends.tolist(), strict=True):
+            first = int(dataset.offsets[user])
+            earlier = dataset.event_texts(self.config.target, range(first, first + end))
+            texts.append(next((" ".join(text.split()) for text in reversed(earlier) if text), ""))
+        return texts
+
 
 def _spelt(value: object) -> str:
     if isinstance(value, list):

@@ -9,6 +9,7 @@ over the catalogue (ours): one example then says something about every item, not
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from userllm.events import HistoryBatch
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.training.alignment import AlignmentConfig, align
+from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.strategy import StrategyConfig
 from userllm.training.trainer import OptimizationConfig, StageTrainer, training_arguments
@@ -36,10 +38,16 @@ class ContextualizeConfig:
     """What is trained."""
     steps: int = 1000
     """Optimiser steps."""
+    seconds: float | None = None
+    """Train for so long instead of ``steps`` (ours): CPU seconds, all threads together, or wall-clock seconds on an
+    accelerator. Alignment and stored states of the LM count. The learning rate follows the time."""
     histories: int = 16
     """Users in a batch."""
     examples_per_history: int = 4
     """Examples drawn from one pass over a user's history (ours; 1 with the papers' windows)."""
+    every: int = 1
+    """Points in time at which examples are drawn: so many events of a history apart, counted from its start; the first
+    event that can be a target is one, too. 1: all (ours; with summaries each point needs one of its own)."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=3e-3))
     """Optimiser and schedule."""
     encoder_rate: float = 0.1
@@ -49,7 +57,8 @@ class ContextualizeConfig:
     alignment: AlignmentConfig | None = None
     """First step: bring user embeddings into the LM's space (ours); none by default, as in the papers."""
     gate_rate: float = 10.0
-    """Factor on the learning rate of the gates (ours: a single scalar at 0 holds everything behind it back)."""
+    """Factor on the learning rate of the gates and of the catalogue's weights (ours: a single scalar at 0 holds
+    everything behind it back)."""
 
 
 class ContextualizedLosses(nn.Module):
@@ -117,26 +126,36 @@ def contextualize(
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, its strategy applied before; resumes from ``folder``. Returns the log history.
 
-    The teacher is the encoder as it comes in, before any alignment.
+    The teacher is the encoder as it comes in, before any alignment. ``folder``/training.json tells steps and examples.
     """
+    steps = config.steps if config.seconds is None else MAX_STEPS
+    arguments = training_arguments(folder, config.optimization, steps, seed, eval_every)
+    budget = None
+    if config.seconds is not None:
+        budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
     losses = ContextualizedLosses(model)
     if config.alignment is not None:
         align(model, dataset, split, stored, config.alignment, folder / "alignment", seed)
     trainer = StageTrainer(
         losses,
-        training_arguments(folder, config.optimization, config.steps, seed, eval_every),
-        ExampleBatches(model, dataset, split, stored, config, seed),
+        arguments,
+        ExampleBatches(model, dataset, split, stored, config, seed, steps, config.every),
         evaluator,
         rates={
             ".user_block.gate": config.gate_rate,
-            ".after.gate": config.gate_rate,
-            ".after.maps": 0.1,
-            ".after.": 1.0,
+            "model.catalogue.": config.gate_rate,
             ".user_block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,
         },
+        budget=budget,
     )
     if model.lm_is_frozen:  # after the Trainer has put the model on its device
         model.store_lower_states()
-    return trainer.run()
+    history = trainer.run()
+    done = trainer.state.global_step
+    examples = done * config.histories * config.examples_per_history
+    facts = {"steps": done, "examples": examples, "seconds": None if budget is None else budget.used}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps(facts) + "\n")
+    return history

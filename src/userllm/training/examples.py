@@ -46,7 +46,8 @@ class ExampleBatches(StepBatches):
     """Examples from the training part of a split.
 
     Users come in random order, every user once per pass; a user's examples are drawn from the events that the split
-    gives to training, all within one stretch the encoder can see at once.
+    gives to training, all within one stretch the encoder can see at once. steps: other than the config's.
+    every: points in time are so many events apart, counted from a history's start; the first target is one, too.
     """
 
     def __init__(
@@ -57,8 +58,11 @@ class ExampleBatches(StepBatches):
         stored: StoredHistories,
         config: ExampleCounts,
         seed: int,
+        steps: int | None = None,
+        every: int = 1,
     ):
-        super().__init__(config.steps)
+        super().__init__(config.steps if steps is None else steps)
+        self.every = every
         self.model_tasks = model.tasks
         self.window = split.visible(model.window)
         self.longest = split.visible(model.encoder.max_length)
@@ -81,10 +85,11 @@ class ExampleBatches(StepBatches):
         for row, k in enumerate(kept):
             first, stop = int(self.split.first_target), int(self.split.train_end[k])
             latest = int(rng.integers(first, stop))  # the position of an event to be predicted
+            latest = max(first, latest - latest % self.every)
             begin = max(0, latest - self.longest)
-            others = rng.integers(
-                max(first, begin + 1), latest + 1, size=self.config.examples_per_history - 1
-            )
+            lowest = max(first, begin + 1)
+            others = rng.integers(lowest, latest + 1, size=self.config.examples_per_history - 1)
+            others = np.maximum(lowest, others - others % self.every)
             targets = np.concatenate([[latest], others])
             user = int(self.split.users[k])
             spans.append((user, begin, latest))

@@ -23,6 +23,7 @@ from userllm.encoders import UserEncoder
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
 from userllm.events import HistoryBatch
+from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.trainer import (
     KeepBest,
     OptimizationConfig,
@@ -39,6 +40,9 @@ class PretrainConfig:
 
     epochs: float = 10.0
     """Passes over the training events at most."""
+    seconds: float | None = None
+    """Train for so long instead of ``epochs`` (ours): CPU seconds, all threads together, or wall-clock seconds on an
+    accelerator, validations included."""
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(events=4096))
     """Size of a batch."""
     windows_per_epoch: int | None = None
@@ -68,7 +72,8 @@ class PretrainBatches(StepBatches):
         self.sampler = LengthBucketSampler(sequences, config.batch, seed)
         self.stored = stored
         self._epoch, self._order = -1, []
-        super().__init__(max(1, int(round(config.epochs * len(self.sampler)))))
+        steps = max(1, int(round(config.epochs * len(self.sampler))))
+        super().__init__(steps if config.seconds is None else MAX_STEPS)
 
     @property
     def per_epoch(self) -> int:
@@ -129,9 +134,11 @@ def pretrain(
 
     every = max(1, int(round(config.evaluate_every * batches.per_epoch))) if len(rows) else None
     model = NextEventLosses(encoder)
-    trainer = StageTrainer(
-        model, training_arguments(folder, config.optimization, batches.steps, seed, every), batches, validate
-    )
+    arguments = training_arguments(folder, config.optimization, batches.steps, seed, every)
+    budget = None
+    if config.seconds is not None:
+        budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
+    trainer = StageTrainer(model, arguments, batches, validate, budget=budget)
     if every is not None:
         metric = "eval_recall@10" if encoder.ranks_items else "eval_log_likelihood"
         trainer.add_callback(KeepBest(model, folder, metric, config.patience))

@@ -48,15 +48,15 @@ def apply_strategy(model: UserLLM, strategy: str, adapter: Adapter | None) -> No
             )
     for block in model.attachment.blocks.values():
         block.requires_grad_(True)
-    if model.attachment.after is not None:
-        model.attachment.after.requires_grad_(True)
+    if model.catalogue is not None:
+        model.catalogue.requires_grad_(True)
     model.lm_is_frozen = strategy in ("enc", "proj")
 
 
 def trainable_parameters(model: UserLLM) -> dict[str, int]:
     """Trainable weights per group.
 
-    lm, lora, encoder, projection (recency, Perceiver, soft prompt), cross_attention (with the catalogue's block).
+    lm, lora, encoder, projection (recency, Perceiver, soft prompt, the catalogue's weights), cross_attention.
     """
     counts = {"lm": 0, "lora": 0, "encoder": 0, "projection": 0, "cross_attention": 0}
     for name, weight in model.named_parameters():
@@ -64,9 +64,9 @@ def trainable_parameters(model: UserLLM) -> dict[str, int]:
             continue
         if name.startswith("encoder."):
             group = "encoder"
-        elif name.startswith(("user_tokens.", "soft_prompt.")):
+        elif name.startswith(("user_tokens.", "soft_prompt.", "catalogue.")):
             group = "projection"
-        elif ".user_block." in name or ".after." in name:
+        elif ".user_block." in name:
             group = "cross_attention"
         else:
             group = "lora" if "lora_" in name else "lm"

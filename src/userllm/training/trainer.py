@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from userllm.training.budget import Budget
+
 __all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set_seed", "training_arguments"]
 
 COMPLETE = "complete"
 """Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
+
+TRAIN_CPU = "eval_train_cpu_s"
+"""CPU seconds of training, evaluations left out, up to an evaluation. What a killed process did after its last
+evaluation does not count."""
 
 
 class StepBatches(ABC, Dataset[Any]):
@@ -64,7 +71,7 @@ class StageTrainer(Trainer):
     """A Trainer whose model returns a dict of losses and whose checkpoints hold trainable weights only.
 
     rates: factor on the learning rate by a part of the weight's name; the first match counts.
-    evaluator: called without arguments, returns metrics by name.
+    evaluator: called without arguments, returns metrics by name. budget: ends the training, and sets its rate, by time.
     """
 
     def __init__(
@@ -74,13 +81,18 @@ class StageTrainer(Trainer):
         batches: StepBatches,
         evaluator: Callable[[], dict[str, float]] | None = None,
         rates: Mapping[str, float] | None = None,
+        budget: Budget | None = None,
     ):
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
         self.batches = batches
         self.evaluator = evaluator
         self.rates = dict(rates or {})
+        self.budget = budget
         self._parts: dict[str, list[float]] = {}
+        self._clock = time.process_time()
         self.add_callback(_MarkComplete())
+        if budget is not None:
+            self.add_callback(budget)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # its own generator: a loader draws a seed as it starts, and a resumed training starts one more
@@ -103,9 +115,10 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._parts:
             logs.update({name: sum(values) / len(values) for name, values in self._parts.items()})
             self._parts.clear()
+        # also after resuming: a share of the training
         self.state.epoch = (
-            self.state.global_step / self.batches.steps
-        )  # also after resuming: a share of the training
+            self.state.global_step / self.batches.steps if self.budget is None else self.budget.share
+        )
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -129,13 +142,27 @@ class StageTrainer(Trainer):
             )
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if (budget := self.budget) is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        chosen = optimizer or self.optimizer
+        assert isinstance(chosen, torch.optim.Optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, lambda _: budget.rate())
+        return self.lr_scheduler
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         if self.evaluator is None:
             return {}
         assert self.model is not None
+        earlier = [entry[TRAIN_CPU] for entry in self.state.log_history if TRAIN_CPU in entry]
+        spent = max(earlier, default=0.0) + time.process_time() - self._clock
         self.model.eval()
         metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        metrics[TRAIN_CPU] = spent
         self.model.train()
+        self._clock = time.process_time()
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -144,6 +171,8 @@ class StageTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_trainable(self.model, folder / "trainable.safetensors")  # type: ignore[arg-type]
+        if self.budget is not None:
+            self.budget.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(model or self.model, Path(resume_from_checkpoint) / "trainable.safetensors")  # type: ignore[arg-type]
@@ -153,7 +182,10 @@ class StageTrainer(Trainer):
         checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
         if checkpoint is not None:
             self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            if self.budget is not None:
+                self.budget.resume(checkpoint)
             print(f"resuming from {checkpoint}")
+        self._clock = time.process_time()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.state.log_history  # type: ignore[return-value]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
+from userllm.data.sources.raw_files import LineBlocks
 from userllm.errors import UserError
 
 ColumnType = Literal["integer", "number", "text"]
@@ -55,12 +55,16 @@ def decoded(raw: bytes) -> str:
 
 
 def read_log(
-    file: SourceFile, separator: str, columns: Mapping[str, ColumnType], header: Sequence[str] | None
-) -> pl.DataFrame:
-    """The named columns of a log, rows in file order.
+    file: SourceFile,
+    separator: str,
+    columns: Mapping[str, ColumnType],
+    header: Sequence[str] | None,
+    size: int = 1 << 25,
+) -> Iterator[pl.DataFrame]:
+    """The named columns of a log in batches, rows in file order.
 
     columns: wanted columns and their types. header: the names of all columns where the file has no header line.
-    separator: may be longer than one character ("::").
+    separator: may be longer than one character ("::"). size: bytes of the file that are read at once.
     Raises UserError naming file and line where a field is missing or is not what its type says, or a column is missing.
     """
     has_header = header is None
@@ -70,34 +74,32 @@ def read_log(
             f"{file.label} line 1: no column {', '.join(missing)}; the header names {', '.join(names)}"
         )
     types: dict[str, ColumnType] = {name: columns.get(name, "text") for name in names}
-    source: Path | BytesIO = file.path
-    if len(separator) > 1:
-        source = BytesIO(file.path.read_bytes().replace(separator.encode(), b"\t"))
-    try:
-        frame = pl.read_csv(
-            source,
-            has_header=False,
-            skip_rows=int(has_header),
-            separator="\t" if len(separator) > 1 else separator,
-            quote_char=None,
-            schema={name: DTYPES[type_] for name, type_ in types.items()},
-        )
-    except pl.exceptions.PolarsError as error:
-        raise first_bad_line(file, separator, types, has_header) or UserError(
-            f"{file.label}: cannot be read ({str(error).splitlines()[0]})"
-        ) from error
-    frame = frame.filter(~pl.all_horizontal(pl.all().is_null())).select(list(columns))  # without blank lines
-    if frame.is_empty():
-        raise UserError(f"{file.label}: holds no events; a dataset needs at least one")
     numbers = [name for name, type_ in columns.items() if type_ == "number"]
-    faults = [frame[name].null_count() for name in columns] + [
-        (~frame[name].is_finite()).sum() for name in numbers
-    ]
-    if sum(faults):
-        raise first_bad_line(file, separator, types, has_header) or UserError(
-            f"{file.label}: has missing fields"
-        )
-    return frame
+    blocks = LineBlocks(file.path, size)
+    if has_header:
+        blocks.header()
+    for block in blocks:
+        if not block.strip():
+            continue
+        try:
+            frame = pl.read_csv(
+                block.replace(separator.encode(), b"\t") if len(separator) > 1 else block,
+                has_header=False,
+                separator="\t" if len(separator) > 1 else separator,
+                quote_char=None,
+                schema={name: DTYPES[type_] for name, type_ in types.items()},
+            )
+        except pl.exceptions.PolarsError as error:
+            raise first_bad_line(file, separator, types, has_header) or UserError(
+                f"{file.label}: cannot be read ({str(error).splitlines()[0]})"
+            ) from error
+        frame = frame.filter(~pl.all_horizontal(pl.all().is_null())).select(list(columns))  # no blank lines
+        faults = [frame[name].null_count() for name in columns]
+        if sum(faults) or not all(frame[name].is_finite().all() for name in numbers):
+            raise first_bad_line(file, separator, types, has_header) or UserError(
+                f"{file.label}: has missing fields"
+            )
+        yield frame
 
 
 def read_header(file: SourceFile, separator: str) -> list[str]:

@@ -20,11 +20,12 @@ from pathlib import Path, PurePosixPath
 
 import polars as pl
 
+from userllm.data.build import DatasetBuilder, Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.releases import find_release
-from userllm.data.store import Dataset, FieldSpec, Source, check_writable, write_dataset
+from userllm.data.store import Dataset, FieldSpec, Source, check_writable
 from userllm.errors import UserError
 
 FIELDS = (
@@ -82,9 +83,13 @@ class Layout:
 
 
 def prepare_movielens(
-    path: Path | None, out: Path, release: str | None = None, descriptions: Path | None = None
+    path: Path | None,
+    out: Path,
+    release: str | None = None,
+    memory: int = 2**31,
+    descriptions: Path | None = None,
 ) -> Dataset:
-    """Prepare a MovieLens release as a dataset in ``out``.
+    """Prepare a MovieLens release as a dataset in ``out``, with about ``memory`` bytes of memory.
 
     path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k" or "-1m") by itself.
     descriptions: a CSV file with movieId and overview, which becomes the movies' field ``description``.
@@ -100,14 +105,17 @@ def prepare_movielens(
         items = read_movies(layout, movies)
         if descriptions is not None:
             items = with_descriptions(items, descriptions)
-        events, users = read_ratings(layout, ratings, items, movies.label)
-        if source is None:
-            file = path if path.is_file() else ratings.path
-            source = Source("movielens", str(path), file.name, sha256_of(file), "path")
         fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
-        return write_dataset(
-            out, events, items, users, name=release or "movielens", source=source, fields=fields
-        )
+        with DatasetBuilder(out, fields, items=items, memory=memory) as builder:
+            for events in read_ratings(layout, ratings, items, movies.label, builder.users, memory // 64):
+                builder.add_numbered(events)
+            if builder.counts.read == 0:
+                raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
+            if source is None:
+                file = path if path.is_file() else ratings.path
+                source = Source("movielens", str(path), file.name, sha256_of(file), "path")
+            builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
+    return Dataset.open(out)
 
 
 @contextmanager
@@ -203,33 +211,29 @@ def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
 
 
 def read_ratings(
-    layout: Layout, file: SourceFile, items: pl.DataFrame, catalogue: str
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Events (user, item, rating, time) in file order, and users (id) by first appearance."""
-    log = read_log(file, layout.separator, layout.columns, layout.header)
-    log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
+    layout: Layout, file: SourceFile, items: pl.DataFrame, catalogue: str, users: Numbering, size: int
+) -> Iterator[pl.DataFrame]:
+    """Batches of events (user, item, rating, time) in file order; users are numbered by first appearance."""
     numbered_items = items.select(
         pl.col("id").alias("item"), pl.int_range(pl.len(), dtype=pl.Int32).alias("number")
     )
-    if (
-        log.schema["item"] != pl.String
-    ):  # ids are compared as numbers: 32 million of them as text would cost gigabytes
+    if "integer" in layout.columns.values():  # ids are compared as numbers: as text it would take longer
         numbered_items = numbered_items.with_columns(pl.col("item").cast(pl.Int64))
-    item = log.select("item").join(numbered_items, on="item", how="left", maintain_order="left")["number"]
-    if item.null_count():
-        row = int(item.is_null().arg_max() or 0)
-        line = line_of_row(file, row, layout.header is None)
-        raise file.bad_line(line, f"item {log['item'][row]} is not in the catalogue {catalogue}")
-    users = log.select(pl.col("user").unique(maintain_order=True))
-    numbered = users.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
-    user = log.select("user").join(numbered, on="user", how="left", maintain_order="left")["number"]
-    events = log.select(
-        user.alias("user"),
-        item.alias("item"),
-        pl.col("time").cast(pl.Int64),
-        pl.col("rating").cast(pl.Float32),
-    )
-    return events, users.select(pl.col("user").cast(pl.String).alias("id"))
+    before = 0
+    for log in read_log(file, layout.separator, layout.columns, layout.header, size):
+        log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
+        item = log.select("item").join(numbered_items, on="item", how="left", maintain_order="left")["number"]
+        if item.null_count():
+            row = int(item.is_null().arg_max() or 0)
+            line = line_of_row(file, before + row, layout.header is None)
+            raise file.bad_line(line, f"item {log['item'][row]} is not in the catalogue {catalogue}")
+        before += len(log)
+        yield log.select(
+            pl.Series("user", users.numbers(log["user"])),
+            item.alias("item"),
+            pl.col("time").cast(pl.Int64),
+            pl.col("rating").cast(pl.Float32),
+        )
 
 
 def _movies_100k(file: SourceFile) -> Iterator[Movie]:

@@ -63,7 +63,7 @@ def prepare_rent_the_runway(path: Path | None, out: Path) -> Dataset:
     events, items, users = _tables(kept, path)
     return write_dataset(
         out, events, items, users, name=NAME, source=source, fields=FIELDS,
-        filters=[f"{UNRATED}: {len(rows) - len(kept):,} of {len(rows):,} rows"],
+        filtered={UNRATED: len(rows) - len(kept)},
     )  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""Preparing a large event log: seconds, peak memory, the same in pandas, and how soon training can start.
+
+    python benchmarks/synthetic_log.py --out /data/synthetic-20m
+    python benchmarks/bench_prepare.py --log /data/synthetic-20m
+
+Every way runs in a process of its own, userllm and pandas in turns, so that one's peak memory is not the other's. The
+first batch is timed in a fresh process, too: open the dataset, split, vocabulary, one training batch.
+
+What pandas does is what has to be done and no more: read the same columns, check them, number users and items by first
+appearance (users and items are text, as they are for userllm), sort by user and time keeping ties in order, write a
+.npy file per column, and hash the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import ratio, write_result
+
+MEMORY = "2GiB"
+
+
+def with_userllm(log: Path, out: Path, memory: str) -> dict[str, float | str]:
+    """The command `userllm data prepare movielens --path LOG --memory MEMORY`."""
+    from userllm.data.build import bytes_of
+    from userllm.data.sources.movielens import prepare_movielens
+
+    card = prepare_movielens(log, out, memory=bytes_of(memory)).card
+    return {"events": card.events, "users": card.users, "items": card.items, "fingerprint": card.fingerprint}
+
+
+def with_pandas(log: Path, out: Path, memory: str) -> dict[str, float | str]:
+    """See the module; ``memory`` has no meaning to pandas."""
+    import hashlib
+
+    import numpy as np
+    import pandas as pd
+
+    types = {"userId": str, "movieId": str, "rating": "float32", "timestamp": "int64"}
+    events = pd.read_csv(log / "ratings.csv", dtype=types)
+    movies = pd.read_csv(log / "movies.csv", dtype={"movieId": str})
+    if events.isna().any().any() or not np.isfinite(events["rating"]).all():
+        raise SystemExit("bad rows")
+    row = pd.Series(np.arange(len(movies), dtype="int32"), index=movies["movieId"])
+    item = events["movieId"].map(row)
+    if item.isna().any():
+        raise SystemExit("items without a title")
+    user, users = pd.factorize(events["userId"])
+    columns = {"user": user.astype("int32"), "item": item.astype("int32").to_numpy()}
+    columns |= {"time": events["timestamp"].to_numpy(), "rating": events["rating"].to_numpy()}
+    table = pd.DataFrame(columns).sort_values(["user", "time"], kind="stable")
+    digest = hashlib.sha256()
+    out.mkdir(parents=True)
+    titles = movies["title"].map(lambda title: hashlib.sha256(title.encode()).digest()[:8]).to_numpy()
+    hashed = np.frombuffer(b"".join(titles), dtype="<u8")
+    for name in sorted(table.columns):
+        column = table[name].to_numpy()
+        np.save(out / f"{name}.npy", column)
+        digest.update(f"{name}:".encode())
+        digest.update(np.ascontiguousarray(hashed[column] if name == "item" else column).data)
+    return {
+        "events": len(table),
+        "users": len(users),
+        "items": len(movies),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def first_batch(log: Path, out: Path, memory: str) -> dict[str, float | str]:
+    """Of a dataset that is prepared already, ``log``: seconds from opening it to a batch, imports apart."""
+    from userllm.data import SplitConfig, StoredHistories, Vocabulary
+    from userllm.data.store import Dataset
+    from userllm.training.pretrain import PretrainBatches, PretrainConfig
+
+    began = time.perf_counter()
+    dataset = Dataset.open(log)
+    opened = time.perf_counter() - began
+    split = SplitConfig().build(dataset)
+    stored = StoredHistories(dataset, Vocabulary.from_dataset(dataset, ("item", "rating", "genres")))
+    batches = PretrainBatches(stored, split, 200, PretrainConfig(), 0)
+    batch = batches.batch(0)
+    seconds = time.perf_counter() - began
+    return {"open_s": opened, "first_batch_s": seconds, "targets": int(batch["targets"].mask.sum())}
+
+
+WAYS = {"userllm": with_userllm, "pandas": with_pandas, "first_batch": first_batch}
+
+
+def alone(way: str, log: Path, memory: str, out: Path) -> dict[str, float | str]:
+    """One way in a process of its own: what it returns, wall seconds with imports, peak memory in MiB."""
+    command = [
+        sys.executable,
+        __file__,
+        "--way",
+        way,
+        "--log",
+        str(log),
+        "--memory",
+        memory,
+        "--out",
+        str(out),
+    ]
+    began = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    found = json.loads(done.stdout.splitlines()[-1]) | {"process_s": seconds}
+    print(f"  {way}: {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--log", type=Path, required=True, help="what synthetic_log.py wrote")
+    parser.add_argument("--memory", default=MEMORY)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-pandas", action="store_true", help="for a log that pandas has no room for")
+    parser.add_argument("--name", default="prepare", help="of the result")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        began = time.perf_counter()
+        found = WAYS[args.way](args.log, args.out, args.memory)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(found | {"seconds": time.perf_counter() - began, "peak_mib": round(peak, 1)}))
+        return
+    ways = ["userllm"] if args.without_pandas else ["userllm", "pandas"]
+    results: dict[str, list[dict]] = {way: [] for way in [*ways, "first_batch"]}
+    for number in range(args.rounds):
+        print(f"round {number}", flush=True)
+        with tempfile.TemporaryDirectory(dir=args.log.parent) as scratch:
+            for way in ways:
+                results[way].append(alone(way, args.log, args.memory, Path(scratch) / way))
+            results["first_batch"].append(
+                alone("first_batch", Path(scratch) / "userllm", args.memory, args.out)
+            )
+    rates = {way: [one["events"] / one["seconds"] for one in results[way]] for way in ways}
+    facts = {
+        "log": "synthetic, see benchmarks/synthetic_log.py",
+        "memory_option": args.memory,
+        "results": results,
+    }
+    if not args.without_pandas:
+        facts["over_pandas"] = ratio(rates, "userllm", "pandas")
+    write_result(args.name, facts, args.out)
+
+
+if __name__ == "__main__":
+    main()

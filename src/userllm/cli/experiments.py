@@ -1,0 +1,110 @@
+"""``userllm experiments``: the papers' comparisons, cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from userllm.cli.arguments import add_command
+from userllm.errors import UserError
+
+SCALES_NOTE = """\
+smoke: a generated table and a tiny random language model, seconds a cell; its numbers mean nothing
+cpu:   SmolLM2-135M on MovieLens-1M, a stated budget of CPU seconds a cell
+gpu:   the same in full, on one GPU
+"""
+RUN_NOTE = (
+    SCALES_NOTE
+    + """
+NAME is one of `userllm experiments list`, or a YAML file of your own. A cell that is stored is not done again, a
+run that is killed loses the cell it was at. Cells go to DIR/cells: copy those of several machines into one folder
+and they are one result. --set changes every cell, and the report has to be asked for with the same --set.
+"""
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add this command."""
+    parser = add_command(commands, "experiments", "redo the papers' comparisons, cell by cell")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = add_command(
+        actions, "list", "list the experiments and which of their cells are done", SCALES_NOTE
+    )
+    listing.set_defaults(command=show)
+    running = add_command(actions, "run", "do the missing cells of some experiments", RUN_NOTE)
+    running.add_argument("names", nargs="+", metavar="NAME", help="experiments")
+    running.add_argument("--only", nargs="+", metavar="CELL", help="these cells only")
+    running.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
+    running.add_argument("--keep", action="store_true", help="keep the run folders, models included")
+    running.set_defaults(command=run)
+    reporting = add_command(actions, "report", "write the tables and verdicts of what is stored", SCALES_NOTE)
+    reporting.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all)")
+    reporting.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
+    reporting.set_defaults(command=report)
+    for action in (listing, running, reporting):
+        action.add_argument(
+            "--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="how large (default: cpu)"
+        )
+        action.add_argument(
+            "--out", type=Path, default=Path("experiments"), metavar="DIR", help="where cells are kept"
+        )
+        action.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="settings of every cell")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """One block per experiment."""
+    from userllm.experiments.cells import CellStore
+    from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
+
+    store = CellStore(arguments.out)
+    for name in experiment_names():
+        experiment = load_experiment(name)
+        if arguments.scale not in experiment.scales:
+            print(f"{name}: {experiment.title} (not at this scale)")
+            continue
+        seeds = experiment.scale(arguments.scale).seeds
+        done = {
+            cell: sum(
+                store.find(settings_hash(experiment.settings(cell, arguments.scale, seed, arguments.set)))
+                is not None
+                for seed in seeds
+            )
+            for cell in experiment.cells
+        }
+        whole = len(experiment.cells) * len(seeds)
+        print(
+            f"{name}: {experiment.title} ({sum(done.values())} of {whole} cells done at scale {arguments.scale})"
+        )
+        for cell, count in done.items():
+            print(f"  {count}/{len(seeds)} {cell:<18} {experiment.cell(cell).label}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Every missing cell. Raises UserError at the end where some failed."""
+    from userllm.experiments.definition import load_experiment
+    from userllm.experiments.runner import Runner
+
+    experiments = [load_experiment(name) for name in arguments.names]
+    runner = Runner(arguments.out, keep=arguments.keep)
+    failed = [
+        name
+        for experiment in experiments
+        for name in runner.run(experiment, arguments.scale, arguments.seeds, arguments.only, arguments.set)
+    ]
+    if failed:
+        raise UserError(f"{len(failed)} cells failed: {', '.join(failed)}; what they said stands above")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """report.md and report.html of every experiment, into --out."""
+    from userllm.experiments.definition import experiment_names, load_experiment
+    from userllm.experiments.report import write_experiment_report
+
+    for name in arguments.names or experiment_names():
+        experiment = load_experiment(name)
+        if arguments.scale in experiment.scales or arguments.names:
+            page = write_experiment_report(
+                experiment, arguments.scale, arguments.out, arguments.seeds, arguments.set
+            )
+            print(page)

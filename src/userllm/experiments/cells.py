@@ -1,0 +1,76 @@
+"""Finished cells on disk: one JSON file and one Parquet file each. Cells of several machines are merged by copying.
+
+    OUT/cells/<scale>-<cell>-s<seed>-<hash>.json      settings, versions, hardware, timings, metrics
+    OUT/cells/<scale>-<cell>-s<seed>-<hash>.parquet   every user's rank and log-likelihood, by task and system
+
+A cell goes by the hash of its settings. An experiment whose settings change finds nothing under the old hash, and two
+experiments that ask for the same settings share the cell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from userllm.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FinishedCell:
+    """A cell as stored. ``told`` is its JSON file."""
+
+    file: Path
+    told: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json of the run."""
+        metrics: dict[str, Any] = self.told["metrics"]
+        return metrics
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.told["settings"]["seed"])
+
+    def per_user(self) -> pl.DataFrame:
+        """task, user, system, rank, log_likelihood."""
+        return pl.read_parquet(self.file.with_suffix(".parquet"))
+
+
+class CellStore:
+    """The folder of the finished cells."""
+
+    def __init__(self, out: Path):
+        self.folder = out / "cells"
+
+    def find(self, settings_hash: str) -> FinishedCell | None:
+        """The cell with these settings. Raises UserError where its file is damaged."""
+        for file in sorted(self.folder.glob(f"*-{settings_hash}.json")):
+            try:
+                told = json.loads(file.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}: not JSON ({error}); remove it and run the cell again") from error
+            if told.get("format_version") != FORMAT_VERSION or not file.with_suffix(".parquet").is_file():
+                raise UserError(f"{file}: not a whole cell of this version; remove it and run the cell again")
+            return FinishedCell(file, told)
+        return None
+
+    def store(self, name: str, told: dict[str, Any], per_user: Path) -> FinishedCell:
+        """Write a cell; its JSON file, which makes it a cell, comes last and whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name}.json"
+        shutil.copyfile(per_user, file.with_suffix(".parquet"))
+        partial = file.with_suffix(".partial")
+        told = {"format_version": FORMAT_VERSION} | told
+        partial.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+        return FinishedCell(file, told)

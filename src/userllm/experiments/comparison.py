@@ -1,0 +1,92 @@
+"""Cells compared on the same users, and the papers' claims decided by the intervals of the differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from userllm.evaluation.metrics import Estimate, bootstrap_mean, user_metrics
+from userllm.experiments.cells import FinishedCell
+from userllm.experiments.definition import Claim, Side
+
+Verdict = Literal["confirmed", "not confirmed", "not run"]
+
+LOG_LIKELIHOOD = "log_likelihood"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over ``n`` users with its 95 % interval."""
+
+    n: int
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A claim, what was measured, and what follows."""
+
+    claim: Claim
+    verdict: Verdict
+    a: Measured | None = None
+    b: Measured | None = None
+    difference: Measured | None = None
+    """a - b of the claim's metric, on the users both answered for"""
+    nats: Measured | None = None
+    """a - b of the true answer's log-likelihood, where both sides have one: it shows effects that recall is too coarse
+    for, and decides nothing"""
+
+
+def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str) -> pl.DataFrame:
+    """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none."""
+    frames = []
+    for cell in cells:
+        rows = cell.per_user().filter((pl.col("task") == task) & (pl.col("system") == system))
+        if metric == LOG_LIKELIHOOD:
+            rows = rows.filter(pl.col(LOG_LIKELIHOOD).is_finite())
+            value = rows[LOG_LIKELIHOOD]
+        else:
+            value = pl.Series(user_metrics(rows["rank"].to_numpy())[metric])
+        seed = pl.lit(cell.seed).alias("seed")
+        frames.append(rows.select("user", seed, value.cast(pl.Float64).alias("value")))
+    return pl.concat(frames) if frames else pl.DataFrame(schema={"user": str, "seed": int, "value": float})
+
+
+def mean(rows: pl.DataFrame) -> Measured | None:
+    """The mean over users, each user's seeds averaged first; None without users."""
+    users = rows.group_by("user").agg(pl.col("value").mean()).sort("user")
+    if users.is_empty():
+        return None
+    return Measured(len(users), bootstrap_mean(users["value"].to_numpy()))
+
+
+def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
+    """a - b over the users that both have under the same seed; None without such users."""
+    pairs = a.join(b, on=("user", "seed"), suffix="_b")
+    return mean(pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value")))
+
+
+def _lowest(between: Measured) -> float:
+    """The interval's lower end. Resampling pairs of which none differs says nothing of those not seen: there the 95 %
+    bound for something that never happened in n trials counts, 3 / n."""
+    estimate = between.estimate
+    return estimate.low - 3 / between.n if estimate.low == estimate.high == 0 else estimate.low
+
+
+def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided:
+    """What our cells say of a claim. cells: the finished ones by name, one per seed."""
+
+    def rows(side: Side, metric: str) -> pl.DataFrame:
+        return per_user(cells.get(side.cell, ()), claim.task, side.system, metric)
+
+    a, b = rows(claim.a, claim.metric), rows(claim.b, claim.metric)
+    between = difference(a, b)
+    if between is None:
+        return Decided(claim, "not run", mean(a), mean(b))
+    needed = 0.0 if claim.kind == "above" else -claim.margin
+    verdict: Verdict = "confirmed" if _lowest(between) > needed else "not confirmed"
+    nats = difference(rows(claim.a, LOG_LIKELIHOOD), rows(claim.b, LOG_LIKELIHOOD))
+    return Decided(claim, verdict, mean(a), mean(b), between, nats)

@@ -1,0 +1,134 @@
+"""Does an experiment's missing cells, one after the other, each in a process of its own.
+
+A cell is an ordinary run: its configuration is written to OUT/work/<cell>.yaml and given to ``userllm evaluate``. One
+that crashes costs the others nothing, and its memory is given back. Cells with equal data, split, encoder, pretraining
+and seed share one stage 1, done once in OUT/work/runs/stage1-<hash> and copied into each run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from userllm.errors import UserError
+from userllm.experiments.cells import CellStore, FinishedCell
+from userllm.experiments.definition import Experiment, settings_hash
+
+Launch = Callable[[list[str]], int]
+"""Runs ``userllm`` with these arguments; returns the exit status."""
+
+_STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
+
+
+def in_own_process(arguments: list[str]) -> int:
+    """``userllm ARGUMENTS`` as a process of its own, with this one's standard streams."""
+    return subprocess.run([sys.executable, "-m", "userllm", *arguments], check=False).returncode
+
+
+class Runner:
+    """Runs cells into ``out``. keep: leave the run folders, models included, where they are."""
+
+    def __init__(
+        self,
+        out: Path,
+        launch: Launch = in_own_process,
+        keep: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        self.store = CellStore(out)
+        self.work = out / "work"
+        self.runs = self.work / "runs"
+        self.launch, self.keep, self.say = launch, keep, say
+
+    def run(
+        self,
+        experiment: Experiment,
+        scale: str,
+        seeds: Sequence[int] | None = None,
+        only: Sequence[str] | None = None,
+        extra: Sequence[str] = (),
+    ) -> list[str]:
+        """Do what is missing; returns the names of the cells that failed. only: these cells. extra: more settings."""
+        cells = [experiment.cell(name).name for name in only or experiment.cells]
+        wanted = [(cell, seed) for seed in seeds or experiment.scale(scale).seeds for cell in cells]
+        failed = []
+        for number, (cell, seed) in enumerate(wanted, 1):
+            settings = experiment.settings(cell, scale, seed, extra)
+            name = f"{scale}-{cell}-s{seed}-{settings_hash(settings)}"
+            where = f"{experiment.name} {number}/{len(wanted)}: {name}"
+            if self.store.find(settings_hash(settings)) is not None:
+                self.say(f"{where}: done before, skipped")
+                continue
+            self.say(where)
+            if (
+                self._cell(name, settings, {"experiment": experiment.name, "cell": cell, "scale": scale})
+                is None
+            ):
+                self.say(f"{where}: failed; the other cells go on")
+                failed.append(name)
+        return failed
+
+    def _cell(self, name: str, settings: dict[str, Any], told: dict[str, Any]) -> FinishedCell | None:
+        first = self._stage_1(settings)
+        if first is None:
+            return None
+        folder = self.runs / name
+        if not (folder / "stages.json").is_file():  # else it was interrupted, and goes on
+            shutil.rmtree(folder, ignore_errors=True)
+            ignored = shutil.ignore_patterns("checkpoint-*", "best.safetensors", "tensorboard", "config.yaml")
+            shutil.copytree(first, folder, ignore=ignored)
+        if self._userllm("evaluate", name, settings) != 0:
+            return None
+        metrics = _json(folder / "metrics.json")
+        told |= {
+            "settings_hash": settings_hash(settings),
+            "commit": metrics["commit"],
+            "date": metrics["date"],
+            "hardware": metrics["hardware"],
+            "settings": settings,
+            "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+            "stages": _json(folder / "stages.json"),
+            "metrics": metrics,
+        }
+        cell = self.store.store(name, told, folder / "per_user.parquet")
+        if not self.keep:
+            shutil.rmtree(folder)
+        return cell
+
+    def _stage_1(self, settings: dict[str, Any]) -> Path | None:
+        """The run folder in which stage 1 of these settings is done; None where it failed."""
+        keys = [*_STAGE_1]
+        if settings.get("encoder", {}).get("item_start") == "text":
+            keys.append("lm")  # its item table begins with the language model's embeddings
+        mine = {key: settings[key] for key in keys if key in settings}
+        name = f"stage1-{settings_hash(mine)}"
+        stages = self.runs / name / "stages.json"
+        if not (stages.is_file() and _json(stages).get("pretrain", {}).get("done")):
+            shared = mine | {key: settings[key] for key in ("threads", "lm") if key in settings}
+            if self._userllm("pretrain", name, shared) != 0:
+                return None
+        return stages.parent
+
+    def _userllm(self, command: str, name: str, settings: dict[str, Any]) -> int:
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = self.work / f"{name}.yaml"
+        text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
+        file.write_text(text, encoding="utf-8")
+        return self.launch([command, str(file), "--runs", str(self.runs)])
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}); remove its folder and run the cell again"
+        ) from error
+    return told

@@ -1,0 +1,118 @@
+"""Short summaries by a language model, each written once: kept on disk by model, prompt and length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from userllm.data.sources.fetch import cache_folder
+from userllm.language_models.pretrained import LanguageModelConfig, load, resolve
+
+
+class Summarizer:
+    """Summaries of texts, greedy, at most ``new_tokens`` long.
+
+    The instruction stands behind the text, in the model's chat template where it has one. file: an SQLite database; in
+    userllm's cache by default. The model is loaded when the first summary is missing.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModelConfig,
+        instruction: str,
+        new_tokens: int,
+        batch: int = 16,
+        file: Path | None = None,
+    ):
+        self.lm, self.instruction, self.new_tokens, self.batch = lm, instruction, new_tokens, batch
+        self.file = file or cache_folder() / "summaries.sqlite"
+        self.sha256 = resolve(lm).sha256
+        self.written = 0
+        """Summaries this object has had to write."""
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """One summary per text, on one line; each is on disk before the next batch is begun."""
+        keys = [self._key(text) for text in texts]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.file, timeout=60)) as database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS summaries (key TEXT PRIMARY KEY, text TEXT, summary TEXT)"
+            )
+            known = {key: found[0] for key in keys if (found := self._find(database, key)) is not None}
+            missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+            order = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths together
+            for start in range(0, len(order), self.batch):
+                part = order[start : start + self.batch]
+                summaries = self._write([missing[key] for key in part])
+                known |= dict(zip(part, summaries, strict=True))
+                rows = [(key, missing[key], known[key]) for key in part]
+                with database:
+                    database.executemany("INSERT OR REPLACE INTO summaries VALUES (?, ?, ?)", rows)
+        return [known[key] for key in keys]
+
+    def described(self) -> dict[str, Any]:
+        """Who summarises, how, and how many summaries had to be written, for metrics.json."""
+        return {
+            "lm": self.lm.name,
+            "sha256": self.sha256,
+            "instruction": self.instruction,
+            "new_tokens": self.new_tokens,
+            "decoding": "greedy",
+            "written": self.written,
+        }
+
+    def _find(self, database: sqlite3.Connection, key: str) -> tuple[str] | None:
+        found: tuple[str] | None = database.execute(
+            "SELECT summary FROM summaries WHERE key = ?", (key,)
+        ).fetchone()
+        return found
+
+    def _key(self, text: str) -> str:
+        told = [self.sha256, self.lm.dtype, self.instruction, self.new_tokens, text]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @torch.no_grad()
+    def _write(self, texts: Sequence[str]) -> list[str]:
+        if self._loaded is None:
+            lm, tokenizer, _ = load(self.lm)
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            lm.generation_config = (
+                GenerationConfig()
+            )  # what the settings below leave open is not the LM's to say
+            self._loaded = lm.to(device or "cpu"), tokenizer  # type: ignore[arg-type]
+        lm, tokenizer = self._loaded
+        inputs = tokenizer(
+            [self._prompt(tokenizer, text) for text in texts],
+            add_special_tokens=tokenizer.chat_template is None,  # a chat template writes its own
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            return_token_type_ids=False,
+        ).to(lm.device)
+        settings = GenerationConfig(
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        output = lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        new = output[:, inputs["input_ids"].shape[1] :]
+        self.written += len(texts)
+        return [" ".join(said.split()) for said in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+        asked = f"{text}{self.instruction}"
+        if tokenizer.chat_template is None:
+            return f"{asked}\n"
+        message = [{"role": "user", "content": asked}]
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,67 @@
+"""Training for a given time instead of a number of steps, so that unlike models can be compared at equal cost.
+
+The clock counts the process's CPU seconds, all threads together, where the model is on a CPU: a busy machine does not
+shorten a training. On an accelerator it counts wall-clock seconds. The learning rate follows the share of the time that
+is used. A resumed training goes on from the seconds its checkpoint had used. Its batches are the same, but how many of
+them fit depends on the machine: unlike a training by steps, two of these are not equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+MAX_STEPS = 10**9
+"""Steps a Trainer is told where time is what ends the training."""
+
+_FILE = "seconds.json"
+
+
+class Budget(TrainerCallback):
+    """``seconds`` of training on ``device``, counted from now. ``warmup``: share of them with a rising rate."""
+
+    def __init__(self, seconds: float, warmup: float, device: torch.device):
+        self.seconds = seconds
+        self.warmup = warmup
+        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
+        self._began = self._clock()
+
+    @property
+    def used(self) -> float:
+        """Seconds used so far, those before an interruption included."""
+        return self._clock() - self._began
+
+    @property
+    def share(self) -> float:
+        """Share of the budget that is used, 0..1."""
+        return min(self.used / self.seconds, 1.0)
+
+    def rate(self) -> float:
+        """Factor on the learning rate now: a linear rise, then cosine decay to 0."""
+        share = self.share
+        if share < self.warmup:
+            return share / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
+
+    def save(self, folder: Path) -> None:
+        """Write the seconds used into a checkpoint."""
+        (folder / _FILE).write_text(json.dumps({"used": self.used}))
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the seconds of a checkpoint."""
+        self._began -= json.loads((folder / _FILE).read_text())["used"]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop when the time is used up, after a last evaluation where there are any."""
+        if self.used >= self.seconds:
+            control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_log = True

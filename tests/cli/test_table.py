@@ -1,0 +1,107 @@
+"""``data prepare table`` and ``data append`` from the command line, from YAML and within a run."""
+
+import json
+
+import pytest
+import yaml
+
+from userllm.cli.configuration import load_config
+from userllm.data import Dataset
+from userllm.errors import UserError
+
+SPEC = {
+    "path": ["log*.csv"], "user": "who", "item": "what", "time": "when", "fields": ["stars:number"],
+    "text": ["words"], "items": {"path": ["items.jsonl"], "key": "id", "title": "name", "category": "kind"},
+}  # fmt: skip
+FLAGS = [
+    "--path",
+    "log*.csv",
+    "--user",
+    "who",
+    "--item",
+    "what",
+    "--time",
+    "when",
+    "--field",
+    "stars:number",
+    "--text",
+    "words",
+    "--items",
+    "items.jsonl",
+    "--item-key",
+    "id",
+    "--title",
+    "name",
+    "--category",
+    "kind",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(2):
+        rows = [f'u{n % 3},i{n % 4},{n + number * 20},{n % 5},"some, words"' for n in range(12)]
+        (tmp_path / f"log{number}.csv").write_text("\n".join(["who,what,when,stars,words", *rows]))
+    items = [{"id": f"i{n}", "name": f"Item {n}", "kind": "a|b" if n else "b"} for n in range(4)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    return tmp_path
+
+
+def test_flags_and_yaml_say_the_same(userllm, folder):
+    (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC))
+    said = userllm("data", "prepare", "table", *FLAGS, "--out", "flags", cwd=folder)
+    assert said.code == 0, said.err
+    assert "24 read = 24 kept + 0 rejected + 0 filtered" in said.out
+    assert "seconds since 1970 (found out)" in said.out
+    assert userllm("data", "prepare", "table", "--spec", "spec.yaml", "--out", "yaml", cwd=folder).code == 0
+    flags, from_yaml = Dataset.open(folder / "flags"), Dataset.open(folder / "yaml")
+    assert flags.card.fingerprint == from_yaml.card.fingerprint
+    assert flags.card.recipe == from_yaml.card.recipe
+    said = userllm("data", "inspect", "yaml", cwd=folder)
+    assert "Item 1  [a, b]" in said.out
+
+
+def test_append(userllm, folder):
+    assert (
+        userllm("data", "prepare", "table", *FLAGS[2:], "--path", "log0.csv", "--out", "d", cwd=folder).code
+        == 0
+    )
+    (folder / "log1.csv").write_text((folder / "log1.csv").read_text() + "\nu1,i0,soon,1,x")
+    said = userllm("data", "append", "d", "log1.csv", cwd=folder)
+    assert said.code == 2
+    assert "log1.csv line 14: when is 'soon', not seconds since 1970" in said.error
+    assert Dataset.open(folder / "d").num_events == 12
+    said = userllm("data", "append", "d", "log1.csv", "--on-bad-rows", "skip", "--memory", "1MB", cwd=folder)
+    assert "25 read = 24 kept + 1 rejected + 0 filtered" in said.out
+    assert Dataset.open(folder / "d").num_events == 24
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--user", "who"], "table: give its files with --path, or path in --spec"),
+        (["--path", "log0.csv", "--user", "who"], "table: item: say which column it is"),
+        (["--spec", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--spec", "odd.yaml"], "odd.yaml: "),
+        (["--path", "log0.csv", "--memory", "much"], "memory is 'much'; give a size like 500MB or 2GiB"),
+    ],
+)
+def test_what_is_missing_is_said(userllm, folder, flags, message):
+    (folder / "odd.yaml").write_text("path: [log0.csv]\nuser: who\nitem: what\ntime: when\nusr: x\n")
+    said = userllm("data", "prepare", "table", *flags, cwd=folder)
+    assert said.code == 2
+    assert message in said.error
+
+
+def test_a_run_prepares_a_table(userllm, folder, finished):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["data"] = {"release": None, "table": SPEC, "fields": ["item", "stars", "category"]}
+    config["split"] = {"min_events": 3}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    loaded, _ = load_config(folder / "config.yaml")
+    assert loaded.data.table is not None
+    said = userllm("pretrain", "config.yaml", cwd=folder)
+    assert said.code == 0, said.err
+    assert "24 events" in said.out
+    with pytest.raises(UserError, match="give the files of your table"):
+        load_config(folder / "config.yaml", ["data.table.path=[]"])

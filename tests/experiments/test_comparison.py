@@ -1,0 +1,87 @@
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from userllm.experiments.cells import CellStore
+from userllm.experiments.comparison import decide, difference, mean, per_user
+from userllm.experiments.definition import Claim, Side
+
+
+@pytest.fixture
+def make_cell(tmp_path):
+    def make(name, ranks, users=None, seed=0, loglik=-3.0):
+        users = [str(u) for u in (range(len(ranks)) if users is None else users)]
+        frame = pl.DataFrame(
+            {
+                "task": ["next_item"] * len(ranks),
+                "user": users,
+                "system": ["user_llm"] * len(ranks),
+                "rank": np.array(ranks, dtype=np.int32),
+                "log_likelihood": [loglik] * len(ranks),
+            }
+        )
+        file = tmp_path / "per_user.parquet"
+        frame.write_parquet(file)
+        return CellStore(tmp_path).store(f"{name}-{seed}", {"settings": {"seed": seed}}, file)
+
+    return make
+
+
+def test_a_difference_is_of_the_users_that_both_answered_for(make_cell):
+    a = per_user([make_cell("a", [1, 0, 3], users=[5, 6, 7])], "next_item", "user_llm", "recall@10")
+    b = per_user([make_cell("b", [0, 20, 1], users=[7, 5, 9])], "next_item", "user_llm", "recall@10")
+    both = difference(a, b)
+    assert both is not None
+    assert (both.n, both.estimate.value) == (2, 1.0)
+    assert mean(a).n == 3
+
+
+def test_seeds_are_paired_and_averaged_by_user(make_cell):
+    a = [make_cell("a", [1, 0], seed=0), make_cell("a", [1, 1], seed=1)]
+    b = [make_cell("b", [0, 0], seed=0), make_cell("b", [1, 0], seed=1)]
+    values = [per_user(cells, "next_item", "user_llm", "recall@1") for cells in (a, b)]
+    both = difference(*values)
+    assert both is not None
+    assert (both.n, both.estimate.value) == (2, 0.5)
+    assert mean(values[0]).estimate.value == 0.75
+
+
+def claim(**told):
+    return Claim("text", "v1 T2", "next_item", "recall@10", Side("a"), Side("b"), **told)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "told", "verdict"),
+    [
+        ([1] * 40, [0] * 40, {}, "confirmed"),
+        ([1] * 40, [1] * 40, {}, "not confirmed"),
+        ([0] * 40, [1] * 40, {}, "not confirmed"),
+        ([1] * 400, [1] * 400, {"kind": "within", "margin": 0.01}, "confirmed"),
+        (
+            [1] * 200,
+            [1] * 200,
+            {"kind": "within", "margin": 0.01},
+            "not confirmed",
+        ),  # none of 200 may be 1 in 70
+        ([1] * 19 + [0], [1] * 20, {"kind": "within", "margin": 0.01}, "not confirmed"),
+    ],
+)
+def test_verdicts(make_cell, a, b, told, verdict):
+    decided = decide(claim(**told), {"a": [make_cell("a", a)], "b": [make_cell("b", b, loglik=-4.0)]})
+    assert decided.verdict == verdict
+    assert decided.nats.estimate.value == 1.0
+
+
+def test_a_claim_about_a_missing_cell_or_system(make_cell):
+    cells = {"a": [make_cell("a", [1, 0])]}
+    assert decide(claim(), cells).verdict == "not run"
+    other = Claim("text", "v1 T2", "next_item", "recall@10", Side("a"), Side("a", "encoder"))
+    assert decide(other, cells).verdict == "not run"
+
+
+def test_stored_cells_are_whole(make_cell, tmp_path):
+    cell = make_cell("a-0123456789ab", [1])
+    assert json.loads(cell.file.read_text())["format_version"] == 1
+    assert CellStore(tmp_path).find("0") is not None  # by the end of its name
