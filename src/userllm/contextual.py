@@ -611,21 +611,21 @@ class ContextualLM(nn.Module):
 
         Raises UserError where this LM does something to its logits that ``LogitHead`` does not know.
         """
-        if self.answers:
-            closed = next(iter(self.answers.values()))
-            ids, tokens = closed.prompt_ids[None], closed.tree.vocabulary
-        else:
-            ids = torch.tensor([[self.tokenizer.eos_token_id]], device=self.lm.device)
-            tokens = torch.arange(len(self._output_table), device=self.lm.device)
+        closed = next(iter(self.answers.values()), None)
+        end = torch.tensor([self.tokenizer.eos_token_id], device=self.lm.device)
+        ids = (end if closed is None else closed.prompt_ids)[None]
         given, source = {"input_ids": ids}, None
         if self.has_encoder:
-            start = torch.tensor([[decoder_start(self.lm)]], device=self.lm.device)
-            asked = next(iter(self._questions.values()), self.closing)[None]
-            given, ids = {"input_ids": asked, "decoder_input_ids": start}, start
+            asked = next(iter(self._questions.values()), end)[None]
+            ids = torch.tensor([[decoder_start(self.lm)]], device=self.lm.device)
+            given = {"input_ids": asked, "decoder_input_ids": ids}
         with torch.no_grad(), self.without_user():
             if self.has_encoder:
                 source = self.read_source(given["input_ids"], None)
             whole = self.lm(**given).logits[0, -1].float()
+            tokens = (
+                torch.arange(len(whole), device=whole.device) if closed is None else closed.tree.vocabulary
+            )
             mine = self.head(self._hidden(ids, source=source)[0, -1], tokens).float()
         if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(
