@@ -223,7 +223,7 @@ def time_to_recall_block() -> str | None:
         f"| RecTools SASRec as released: the same epochs at its own speed (ratio above) | {released:.0f} | "
         f"**{released / took:.2f}x** |", "",
         f"`docs/results/movielens-1m/encoder.json` (commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}) "
-        "and `docs/results/benchmarks/rectools_sasrec.json`. The two were trained at different times, each on one core.",
+        "and `docs/results/benchmarks/rectools_sasrec.json`. Trained at different times, each on one core.",
     ])  # fmt: skip
 
 
