@@ -352,10 +352,10 @@ class Run:
         if isinstance(task, GenrePreference):
             return [LabelScores(task)]
         metrics: list[TextMetric] = [rouge, length, distinct]
-        if isinstance(task, Review) and "rating" in self.dataset.event_fields:
-            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, "rating")
+        if isinstance(task, Review) and (rating := task.config.rating) in self.dataset.event_fields:
+            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, rating)
             events = self.dataset.offsets[texts.rows[:, 0]] + texts.rows[:, 2]
-            metrics.append(reader.agreement(self.dataset.events["rating"][events]))
+            metrics.append(reader.agreement(self.dataset.events[rating][events]))
         return metrics
 
     def _data_facts(self) -> dict[str, Any]:

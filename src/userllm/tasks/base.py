@@ -39,6 +39,8 @@ class TaskConfig:
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
     target: str = "text"
     """review: the event's text field that is to be written."""
+    rating: str = "rating"
+    """review: the event's field that says how much the user liked it; written texts are checked against it."""
     liked: float = 4.0
     """genre_preference: an item with at least this rating is liked (ours)."""
     share: float = 0.25
