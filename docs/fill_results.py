@@ -189,11 +189,8 @@ def prepare_rows(result: dict[str, Any]) -> list[str]:
         if runs := result["results"].get(way):
             cells = [median(run[key] for run in runs) for key in ("seconds", "cpu_s", "peak_mib")]
             lines.append(f"| {way} | {cells[0]:.1f} | {cells[1]:.1f} | {cells[2]:,.0f} |")
-    starts = result["results"]["first_batch"]
-    lines += [
-        "",
-        f"From opening the dataset to the first training batch: {median(run['first_batch_s'] for run in starts):.2f} s.",
-    ]
+    starts = median(run["first_batch_s"] for run in result["results"]["first_batch"])
+    lines += ["", f"From opening the dataset to the first training batch: {starts:.2f} s."]
     return (
         [*lines, "", f"Speed over pandas: {spread(result['over_pandas'])}."]
         if "over_pandas" in result
