@@ -163,7 +163,7 @@ class ClosedEvaluator:
         task, device = self.model.closed_tasks[name], self.model.lm.device
         self.model.eval()
         ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
-        read = np.full(len(rows), len(self.model.answers[name].prompt_ids))
+        read = np.full(len(rows), len(self.model.question(name)))
         invalid = 0
         length = min(self.config.list_length, len(task.answers))
         for start in range(0, len(rows), self.config.batch):

@@ -23,13 +23,14 @@ from userllm.errors import UserError
 class TaskConfig:
     """One task of a run."""
 
-    kind: Literal["next_item", "favorite_category", "review"] = "next_item"
+    kind: Literal["next_item", "favorite_category", "review", "genre_preference"] = "next_item"
     """What is asked."""
     prompt: str = "The next movie this user will watch is"
     """The query text (ours: the papers do not print theirs). The answer follows after one space. Of a review it is a
     template: {title} and other fields of the item, {rating} and other fields of the event to be written about."""
     field: str = "genres"
-    """favorite_category: the item field whose most frequent value is asked for."""
+    """favorite_category: the item field whose most frequent value is asked for; genre_preference: the field whose
+    preferred values are."""
     weight: float = 1.0
     """Share of this task among the training examples, relative to the other tasks'."""
     normalization: Literal["catalogue", "vocabulary"] = "catalogue"
@@ -38,6 +39,12 @@ class TaskConfig:
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
     target: str = "text"
     """review: the event's text field that is to be written."""
+    liked: float = 4.0
+    """genre_preference: an item with at least this rating is liked (ours)."""
+    share: float = 0.25
+    """genre_preference: at least this share of the liked items must carry a preferred genre (ours)."""
+    history: int = 200
+    """genre_preference: latest events that decide, however many the model sees (ours)."""
     target_tokens: int = 64
     """Free text: leading tokens of a target that are learned and whose likelihood is measured (ours)."""
 
