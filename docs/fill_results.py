@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,29 @@ def text_prompt_rows(result: dict[str, Any]) -> list[str]:
     return rows
 
 
+def prepare_rows(result: dict[str, Any]) -> list[str]:
+    """Preparing a synthetic log: seconds and memory of each way, and how soon training starts."""
+    log = result["results"]["userllm"][0]
+    lines = [
+        f"A synthetic log of {log['events']:,} events, {log['users']:,} users and {log['items']:,} items; "
+        f"--memory {result['memory_option']}.",
+        "",
+        "| | seconds | CPU seconds | peak memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for way in ("userllm", "pandas"):
+        if runs := result["results"].get(way):
+            cells = [median(run[key] for run in runs) for key in ("seconds", "cpu_s", "peak_mib")]
+            lines.append(f"| {way} | {cells[0]:.1f} | {cells[1]:.1f} | {cells[2]:,.0f} |")
+    starts = median(run["first_batch_s"] for run in result["results"]["first_batch"])
+    lines += ["", f"From opening the dataset to the first training batch: {starts:.2f} s."]
+    return (
+        [*lines, "", f"Speed over pandas: {spread(result['over_pandas'])}."]
+        if "over_pandas" in result
+        else lines
+    )
+
+
 def encoder_block() -> str | None:
     """Our encoder beside RecTools' SASRec."""
     ours, theirs = RESULTS / "movielens-1m" / "encoder.json", RESULTS / "benchmarks" / "rectools_sasrec.json"
@@ -265,6 +289,7 @@ def main() -> None:
         "text-prompt-performance": bench_block(
             "text_prompt", "python benchmarks/bench_text_prompt.py", text_prompt_rows
         ),
+        "prepare-performance": bench_block("prepare", "python benchmarks/bench_prepare.py", prepare_rows),
         "decoding-performance": bench_block(
             "decoding",
             "python benchmarks/bench_decoding.py",
