@@ -80,7 +80,9 @@ def test_against_a_reference(make, described, vocabulary, histories):
             parts = []
             for part, field in (("title", "item"), ("rating", "rating"), ("description", "item")):
                 text = texts[part][int(histories.fields[field][b, s])]
-                stored = torch.from_numpy(encode([text or ""])[0]).half().float()
+                stored = nn.functional.layer_norm(
+                    torch.from_numpy(encode([text or ""])[0]).half().float(), (6,)
+                )
                 parts.append(encoder.missing[part] if text is None else stored)
             rows.append(encoder.fuse(torch.cat(parts)) + encoder.positions.weight[s])
         if not rows:

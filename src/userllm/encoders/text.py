@@ -9,7 +9,8 @@ The weights know nothing of any catalogue: ``use`` takes a table for another one
 like all others.
 
 Where we differ from the paper or fill in what it leaves out ("ours"): attention is causal by default, so that one pass
-serves every prefix of a history; learned positions; the projection to the language model's width is the fusion's, and
+serves every prefix of a history; learned positions; sentence embeddings are brought to variance 1 (of length 1 they are
+so small that positions and layers drown them); the projection to the language model's width is the fusion's, and
 3s goes to the Transformer's width before it; a text that is missing has a learned vector; an optional stage 1, the next
 item by inner products with the catalogue's own sentence embeddings.
 """
@@ -148,9 +149,7 @@ class TextEncoder(UserEncoder):
         self.config = config
         self.width, self.max_length, self.causal = config.width, config.max_length, config.causal
         s = config.sentence_width
-        self.missing = nn.ParameterDict(
-            {part: nn.Parameter(torch.randn(s) * s**-0.5) for part in config.parts}
-        )
+        self.missing = nn.ParameterDict({part: nn.Parameter(torch.randn(s)) for part in config.parts})
         self.fuse = nn.Linear(len(config.parts) * s, config.width)
         self.positions = nn.Embedding(config.max_length, config.width)
         nn.init.normal_(self.positions.weight, std=0.02)
@@ -210,14 +209,16 @@ class TextEncoder(UserEncoder):
         place = rows[ids]
         missing = self.missing[part]
         found = self.vectors[place.clamp_min(0)] if len(self.vectors) else missing
-        return torch.where((place >= 0)[..., None], found.to(missing.dtype), missing)
+        found = F.layer_norm(found.to(missing.dtype), missing.shape)
+        return torch.where((place >= 0)[..., None], found, missing)
 
     def _catalogue(self) -> Tensor:
-        """Sentence embeddings of the whole catalogue, [items, parts * s]."""
+        """Sentence embeddings of the whole catalogue, [items, parts * s], of length 1."""
         ids = torch.arange(
             FIRST_VALUE, len(getattr(self, f"rows_{self.item_parts[0]}")), device=self.vectors.device
         )
-        return torch.cat([self._sentences(part, ids) for part in self.item_parts], dim=-1)
+        rows = torch.cat([self._sentences(part, ids) for part in self.item_parts], dim=-1)
+        return F.normalize(rows, dim=-1)
 
     def item_scores(self, embeddings: Tensor) -> Tensor | None:
         """Scores [..., items] of every item as the next event, from user embeddings [..., U]."""
