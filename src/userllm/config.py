@@ -28,6 +28,8 @@ class DataConfig:
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
+    descriptions: Path | None = None
+    """A CSV file (also gzipped) with MovieLens's movieId and an overview: the movies' field ``description``."""
     table: TableConfig | None = None
     """Your own event log, prepared as `userllm data prepare table` does; overrides ``release``."""
     fields: list[str] = field(default_factory=lambda: ["item", "rating", "genres"])
@@ -79,6 +81,10 @@ class RunConfig:
         longest = split.window if split.kind == "paper" else encoder.max_length
         if longest > encoder.max_length:
             raise UserError(f"encoder.max_length {encoder.max_length} is below split.window {split.window}")
+        if self.data.descriptions is not None and (self.data.folder or self.data.table) is not None:
+            raise UserError(
+                "data.descriptions goes with data.release; a dataset of yours brings a description field of its own"
+            )
         if encoder.kind == "dual":
             if encoder.label not in self.data.fields:
                 raise UserError(f"encoder.label {encoder.label} is not one of data.fields")

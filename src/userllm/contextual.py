@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
@@ -38,6 +38,7 @@ from userllm.fusion.history_text import HistoryText
 from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
+from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
 from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM
 
@@ -62,8 +63,9 @@ class LowerStates:
 class ContextualLM(nn.Module):
     """A language model contextualised by user embeddings (User-LLM section 3).
 
-    lm: any Hugging Face causal LM (with its LoRA adapter already in, if any); it is changed in place by wrappers that
-    ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``. tasks: by name, closed and open ones.
+    lm: any Hugging Face causal LM, or an encoder-decoder of the T5 family, with its LoRA adapter already in, if any; it
+    is changed in place by wrappers that ``self.attachment.detach()`` takes off again. encoder: see ``encoders.base``.
+    tasks: by name, closed and open ones.
     event_texts: by field, "title" for the item, the text of each vocabulary id; needed for ``fusion.text`` only.
     summarize: histories as text to summaries; needed for ``fusion.text.summary`` only.
     """
@@ -80,6 +82,7 @@ class ContextualLM(nn.Module):
     ):
         super().__init__()
         fusion.check()
+        self.has_encoder = has_encoder(lm)
         layers = DynamicCache(config=lm.config).layers
         if not all(
             isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers
@@ -107,6 +110,8 @@ class ContextualLM(nn.Module):
         }
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # type: ignore[index]
         self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
+        last = tokenizer("a", add_special_tokens=True)["input_ids"][-1:]  # type: ignore[index]
+        self._closing: list[int] = last if self.has_encoder and last == [tokenizer.eos_token_id] else []
         self.soft_prompt = None
         if fusion.kind == "soft_prompt":
             some = torch.linspace(0, text_config.vocab_size - 1, 1000, device=lm.device).long()
@@ -122,8 +127,11 @@ class ContextualLM(nn.Module):
         self.head = LogitHead(
             lm.get_output_embeddings(),  # type: ignore[arg-type]
             getattr(text_config, "final_logit_softcapping", None),
-            getattr(text_config, "logit_scale", None) or 1.0,
+            text_config.d_model**-0.5
+            if getattr(text_config, "scale_decoder_outputs", False)
+            else getattr(text_config, "logit_scale", None) or 1.0,
         )
+        self._questions: dict[str, Tensor] = {}
         self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
         self.attachment = Attachment(lm, blocks)
         self.catalogue = self._catalogue()
@@ -145,6 +153,7 @@ class ContextualLM(nn.Module):
         if (self.lm.device, self.lm.dtype) == before:
             return self
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
+        self._questions = {name: ids.to(self.lm.device) for name, ids in self._questions.items()}
         self.forget_lower_states()
         return self
 
@@ -248,6 +257,15 @@ class ContextualLM(nn.Module):
     def opening(self) -> Tensor:
         """Tokens that the tokenizer puts before any text (a BOS, or none), [O]."""
         return torch.tensor(self._opening, dtype=torch.long, device=self.lm.device)
+
+    @property
+    def closing(self) -> Tensor:
+        """Tokens that the tokenizer puts behind any text that an LM's encoder reads (end of text, or none), [C]."""
+        return torch.tensor(self._closing, dtype=torch.long, device=self.lm.device)
+
+    def question(self, task: str) -> Tensor:
+        """The prompt of a closed task as the LM reads it, [P]."""
+        return self._questions[task] if self.has_encoder else self.answers[task].prompt_ids
 
     def _embed(self, ids: Tensor) -> Tensor:
         """The LM's token embeddings, as its first layer would take them."""
@@ -400,8 +418,9 @@ class ContextualLM(nn.Module):
         lower = self._lower.get(task)
         states = None if lower is None else lower.of(texts)
         ids, position, cache, mask = texts.input_ids, texts.position, None, None
+        source = self.source_of(task, users, len(ids)) if self.has_encoder else None
         read = len(closed.prompt_ids) - 1
-        prefix = None if users is None else users.prefix
+        prefix = None if users is None or self.has_encoder else users.prefix
         if self.reads_ahead and (read > 0 or prefix is not None):
             if prefix is None:
                 cache = self.prompt_cache(task, len(answers), states is not None)
@@ -414,7 +433,7 @@ class ContextualLM(nn.Module):
             ids, mask = self._after(prefix, ids)
             position = position + ids.shape[1] - texts.input_ids.shape[1]
         with self._conditioned_or_not(users):
-            hidden = self._hidden(ids, states, cache, mask)
+            hidden = self._hidden(ids, states, cache, mask, source)
         picked = hidden[texts.row, position]
         rows, children, log_p = closed.choices(
             picked, texts.node, self.head, self._advice(task, users, texts.row)
@@ -441,7 +460,23 @@ class ContextualLM(nn.Module):
     @property
     def reads_ahead(self) -> bool:
         """Whether the prompt but its last token is read before anything attends to user tokens."""
-        return self.config.attend == "answer" and len(self.attachment.blocks) > 0
+        return self.config.attend == "answer" and len(self.attachment.blocks) > 0 and not self.has_encoder
+
+    def source_of(self, task: str, users: UserContext | None, rows: int) -> Source:
+        """What an encoder-decoder LM's decoder reads from when it answers a closed task, for ``rows`` texts.
+
+        Each distinct text is encoded once: one per user if something of theirs stands before the prompt, else one.
+        """
+        prefix = None if users is None else users.prefix
+        question = self.question(task)[None]
+        return self.read_source(question, prefix).repeated(rows)
+
+    def read_source(self, input_ids: Tensor, prefix: Prefix | None) -> Source:
+        """Encoder states of texts [R, T] behind prefixes of B users, R dividing B or a multiple of it."""
+        before = no_prefix(self._embed(self.opening), len(input_ids)) if prefix is None else prefix
+        input_ids = input_ids.expand(max(len(input_ids), len(before)), -1)
+        text, mask = self._after(before, input_ids)
+        return read_source(self.lm, Prefix(text, mask))
 
     def read_prompt(self, input_ids: Tensor, users: UserContext | None) -> tuple[DynamicCache, Tensor | None]:
         """Keys and values of texts [R, T] behind the users' prefix, and the mask [R, P + T] where there is a prefix.
@@ -479,10 +514,13 @@ class ContextualLM(nn.Module):
         self,
         text: Tensor,
         states: Tensor | None = None,
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | EncoderDecoderCache | None = None,
         mask: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """Last hidden states [R, T, D] of token ids [R, T] or embeddings [R, T, D].
+
+        source: what the decoder of an encoder-decoder LM reads from, one per text; ``mask`` means nothing to it.
 
         mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
         needs none: no position sees it.
@@ -492,7 +530,9 @@ class ContextualLM(nn.Module):
                 'gradient checkpointing drops the keys and values that fusion.attend "answer" needs; use "text"'
             )
         left = {}
-        if mask is not None:
+        if source is not None:
+            left = {"encoder_hidden_states": source.states, "encoder_attention_mask": source.mask.long()}
+        elif mask is not None:
             left = {"attention_mask": mask.long(), "position_ids": position_ids(mask)[:, -text.shape[1] :]}
         given = {"input_ids" if text.ndim == 2 else "inputs_embeds": text}
         with self.attachment.replaying(states):
@@ -508,7 +548,13 @@ class ContextualLM(nn.Module):
             raise UserError(
                 f"task {task.name}: its prompt is empty; the language model needs at least one token"
             )
-        return ClosedAnswers(torch.tensor(prompt, device=self.lm.device), tree, task.config.normalization)
+        ids = torch.tensor(prompt, device=self.lm.device)
+        if (
+            self.has_encoder
+        ):  # the decoder's text begins with its start token, the prompt is what it reads from
+            self._questions[task.name] = ids
+            ids = ids.new_tensor([decoder_start(self.lm)])
+        return ClosedAnswers(ids, tree, task.config.normalization)
 
     # ---- states below the first fused layer -----------------------------------------------------------------------
 
@@ -518,9 +564,9 @@ class ContextualLM(nn.Module):
         That is every trie node's state below the first fused layer (not for a task that scores over the whole
         vocabulary, which reads every node, nor where the first layer is fused) and, with ``attend="answer"``, the
         prompt's keys and values. Call ``forget_lower_states`` before the LM changes. Where something of the user stands
-        before the prompt nothing can be stored.
+        before the prompt nothing can be stored, and of an encoder-decoder LM nothing is.
         """
-        if self.config.has_prefix:
+        if self.config.has_prefix or self.has_encoder:
             return
         for name, closed in self.answers.items():
             if self.reads_ahead and len(closed.prompt_ids) > 1 and name not in self._prompts:
@@ -568,12 +614,19 @@ class ContextualLM(nn.Module):
         closed = next(iter(self.answers.values()), None)
         end = torch.tensor([self.tokenizer.eos_token_id], device=self.lm.device)
         ids = (end if closed is None else closed.prompt_ids)[None]
+        given, source = {"input_ids": ids}, None
+        if self.has_encoder:
+            asked = next(iter(self._questions.values()), end)[None]
+            ids = torch.tensor([[decoder_start(self.lm)]], device=self.lm.device)
+            given = {"input_ids": asked, "decoder_input_ids": ids}
         with torch.no_grad(), self.without_user():
-            whole = self.lm(input_ids=ids).logits[0, -1].float()
+            if self.has_encoder:
+                source = self.read_source(given["input_ids"], None)
+            whole = self.lm(**given).logits[0, -1].float()
             tokens = (
                 torch.arange(len(whole), device=whole.device) if closed is None else closed.tree.vocabulary
             )
-            mine = self.head(self._hidden(ids)[0, -1], tokens).float()
+            mine = self.head(self._hidden(ids, source=source)[0, -1], tokens).float()
         if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce"

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
 from userllm.fusion.attach import UserContext
 from userllm.fusion.prefix import Prefix
+from userllm.fusion.source import Source, decoder_start, new_cache, read_source
 
 if TYPE_CHECKING:
     from userllm.contextual import ContextualLM
@@ -44,7 +45,7 @@ def text_losses(
     begins with a space and ends with the end of text; of a longer one the first ``most`` tokens count, without its end.
     """
     ids, real = _targets(model, targets, most)
-    prompt = _prompts(model, prompts, users)
+    prompt, source = _prompts(model, prompts, users)
     body = torch.cat([prompt.embeddings[:, -1:], model._embed(ids[:, :-1])], dim=1)
     read = prompt.embeddings[:, :-1]
     mask = torch.cat([prompt.mask[:, :-1], torch.ones_like(real)], dim=1)
@@ -54,7 +55,7 @@ def text_losses(
     else:
         body = torch.cat([read, body], dim=1)
     with model._conditioned_or_not(users):
-        hidden = model._hidden(body, None, cache, mask)[:, -ids.shape[1] :]
+        hidden = model._hidden(body, None, cache, mask, source)[:, -ids.shape[1] :]
     row, place = torch.nonzero(real, as_tuple=True)
     nll = torch.zeros(len(ids), device=ids.device)
     for some in torch.arange(len(row), device=ids.device).split(_ROWS):
@@ -70,13 +71,15 @@ class _Writing:
 
     rows: Tensor
     users: UserContext | None
-    cache: DynamicCache
+    cache: DynamicCache | EncoderDecoderCache
     mask: Tensor
+    source: Source | None
 
     def select(self, kept: Tensor) -> _Writing:
         self.cache.batch_select_indices(kept)
         users = None if self.users is None else self.users.select(kept)
-        return _Writing(self.rows[kept], users, self.cache, self.mask[kept])
+        source = None if self.source is None else self.source.select(kept)
+        return _Writing(self.rows[kept], users, self.cache, self.mask[kept], source)
 
 
 @torch.no_grad()
@@ -95,16 +98,16 @@ def write_texts(
     decoding.check()
     if users is not None and len(users) != len(prompts):
         users = users.select(torch.zeros(len(prompts), dtype=torch.long, device=users.tokens.device))
-    prompt = _prompts(model, prompts, users)
+    prompt, source = _prompts(model, prompts, users)
     everyone = torch.arange(len(prompts), device=prompt.mask.device)
     draws = decoding.draws(numbers if numbers is not None else range(len(prompts))).to(everyone.device)
     cache = _read(model, prompt.embeddings[:, :-1], prompt.mask[:, :-1], None if model.reads_ahead else users)
-    writing = _Writing(everyone, users, cache, prompt.mask)
+    writing = _Writing(everyone, users, cache, prompt.mask, source)
     tokens = torch.full((len(prompts), decoding.max_new_tokens), -1, device=everyone.device)
     new, end = prompt.embeddings[:, -1:], _end_of_text(model)
     for step in range(decoding.max_new_tokens):
         with model._conditioned_or_not(writing.users):
-            hidden = model._hidden(new, None, writing.cache, writing.mask)
+            hidden = model._hidden(new, None, writing.cache, writing.mask, writing.source)
         logits = decoding.allowed(model.head(hidden[:, -1]).float(), tokens[writing.rows, :step])
         chosen = decoding.choose(logits, draws[writing.rows, step])
         over = tokens[writing.rows, step - 1] == end if step else torch.zeros_like(chosen, dtype=torch.bool)
@@ -124,14 +127,20 @@ def _text(model: ContextualLM, tokens: list[int], end: int) -> str:
     return str(model.tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
 
-def _prompts(model: ContextualLM, prompts: Sequence[str], users: UserContext | None) -> Prefix:
-    """What is read before the first new token, the users' own prefix included, padded on the left of everything."""
+def _prompts(
+    model: ContextualLM, prompts: Sequence[str], users: UserContext | None
+) -> tuple[Prefix, Source | None]:
+    """What is read before the first new token, the users' own prefix included, padded on the left of everything.
+
+    Of an encoder-decoder LM all of that is the source, and the decoder's start token is what is read.
+    """
     encoded = [
         torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
         for text in prompts
     ]
     if empty := [n for n, ids in enumerate(encoded) if len(ids) == 0]:
         raise UserError(f"prompt {empty[0]} is empty; the language model needs at least one token")
+    encoded = [torch.cat([one, model.closing.cpu()]) for one in encoded]
     device = model.lm.device
     ids = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_side="left").to(device)
     lengths = torch.tensor([len(one) for one in encoded], device=device)
@@ -141,9 +150,13 @@ def _prompts(model: ContextualLM, prompts: Sequence[str], users: UserContext | N
         opening = model._embed(model.opening).expand(len(ids), -1, -1)
         before = Prefix(opening, torch.ones(opening.shape[:2], dtype=torch.bool, device=device))
     before = before.repeated(len(ids))
-    return Prefix.of(
+    whole = Prefix.of(
         [(before.embeddings, before.mask), (model._embed(ids).to(before.embeddings.dtype), real)]
     )
+    if not model.has_encoder:
+        return whole, None
+    start = model._embed(torch.full((len(ids), 1), decoder_start(model.lm), device=device))
+    return Prefix(start, torch.ones_like(real[:, :1])), read_source(model.lm, whole)
 
 
 def _targets(model: ContextualLM, targets: Sequence[str], most: int | None) -> tuple[Tensor, Tensor]:
@@ -168,9 +181,11 @@ def _end_of_text(model: ContextualLM) -> int:
     return int(end)  # type: ignore[arg-type]
 
 
-def _read(model: ContextualLM, text: Tensor, mask: Tensor, users: UserContext | None) -> DynamicCache:
+def _read(
+    model: ContextualLM, text: Tensor, mask: Tensor, users: UserContext | None
+) -> DynamicCache | EncoderDecoderCache:
     """Keys and values of embeddings [R, T, D], T possibly 0."""
-    cache = DynamicCache(config=model.lm.config)
+    cache = new_cache(model.lm)
     if text.shape[1] > 0:
         with model._conditioned_or_not(users):
             model._hidden(text, None, cache, mask)

@@ -14,17 +14,19 @@ import polars as pl
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
+from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import (
-    EncoderConfig,
-    UserEncoder,
-)
+from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
+from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.attach import UserContext
 from userllm.fusion.config import FusionConfig
+from userllm.fusion.source import decoder_start
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
@@ -46,6 +48,7 @@ from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
 FORMAT_VERSION = 1
+TEXT_START = "text_start.safetensors"
 Strategy = Literal["full", "lora", "enc", "proj"]
 
 __all__ = ["Attended", "FusionConfig", "Recommendation", "UserLLM", "encoder_for"]
@@ -94,6 +97,8 @@ class UserLLM(ContextualLM):
         self.reference = reference
         self.strategy: Strategy = strategy
         self.adapter = adapter
+        self.text_start: TextStart | None = None
+        """What an embedding of a new title needs, where item embeddings started from the titles; see ``growing``."""
         self.run: dict[str, Any] = {}
         """What is known of the run that made this model: dataset, split, results. For its card; see ``model_card``."""
 
@@ -228,6 +233,11 @@ class UserLLM(ContextualLM):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         users = None if history is None else self.context(self._batch([history]))
+        if self.has_encoder:
+            settings.decoder_start_token_id = decoder_start(self.lm)
+            source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
+            inputs = {"encoder_outputs": BaseModelOutput(source.states), "attention_mask": source.mask.long()}
+            return self._generated(inputs, settings, users, 0)
         begun = 0
         if (users is not None and users.prefix is not None) or (
             self.reads_ahead and inputs["input_ids"].shape[1] > 1
@@ -239,14 +249,19 @@ class UserLLM(ContextualLM):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             cache.batch_repeat_interleave(num_beams)
             inputs["past_key_values"] = cache
+        return self._generated(inputs, settings, users, inputs["input_ids"].shape[1])
+
+    def _generated(
+        self, inputs: Mapping[str, Any], settings: GenerationConfig, users: UserContext | None, read: int
+    ) -> str:
+        """What transformers writes, without the ``read`` tokens it repeats."""
         shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
             with self._conditioned_or_not(users):
                 output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
         finally:
             self.lm.generation_config = shipped
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return str(self.tokenizer.decode(output[0, read:], skip_special_tokens=True))
 
     @torch.no_grad()
     def explain(self, history: UserHistory, *, task: str = "next_item") -> list[Attended]:
@@ -351,7 +366,11 @@ class UserLLM(ContextualLM):
             partial = Path(scratch) / "model"
             partial.mkdir()
             save_weights(self.encoder.state_dict(), partial / "encoder.safetensors")
-            save_weights(self._fusion_weights(), partial / "fusion.safetensors")
+            save_weights(self.fusion_weights(), partial / "fusion.safetensors")
+            if self.text_start is not None:
+                self.text_start.save(partial / TEXT_START)
+            if isinstance(self.encoder, TextEncoder):
+                self.encoder.save_texts(partial / "sentences")
             self.collator.vocabulary.save(partial / "vocabulary.json")
             self.collator.items.write_parquet(partial / "items.parquet")
             with self.attachment.detached():
@@ -467,6 +486,9 @@ class UserLLM(ContextualLM):
         collator = HistoryCollator(items, saved_vocabulary(folder, saved))
         encoder = saved_encoder(file, saved, encoder)
         fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
+        if isinstance(encoder, TextEncoder):
+            texts = encoder.config.texts(items, collator.vocabulary)
+            encoder.use(TextStore.read(folder / "sentences"), texts)
         tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
         model = cls(
             base,
@@ -479,12 +501,15 @@ class UserLLM(ContextualLM):
             strategy,
             adapter,
         )
-        fill_weights(model._fusion_weights(), folder / "fusion.safetensors")
+        fill_weights(model.fusion_weights(), folder / "fusion.safetensors")
+        if (folder / TEXT_START).is_file():
+            model.text_start = TextStart.load(folder / TEXT_START)
         model.run = saved.get("run", {})  # folders written by userllm 0.1.0 have none
         model.requires_grad_(False)
         return model.eval()
 
-    def _fusion_weights(self) -> dict[str, Tensor]:
+    def fusion_weights(self) -> dict[str, Tensor]:
+        """What the fusion has learned, by name; the tensors are the model's own."""
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}

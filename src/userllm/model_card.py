@@ -130,16 +130,16 @@ def _results(run: Mapping[str, Any]) -> Iterable[str]:
         yield _table(("system", *shown), rows)
         gains = [f"{_interval(gain)} nats {key.replace('_', ' ')}" for key, gain in task["gain_nats"].items()]
         yield f"Log-likelihood of the true answer: {'; '.join(gains)}."
-    kept = run["knowledge"]
-    readers = ", ".join(
-        f"{kept[reader]['perplexity']:.2f} {words}"
-        for reader, words in (
-            ("base", "base LM"),
-            ("without_user", "without a user"),
-            ("with_users", "with a user"),
+    if (kept := run["knowledge"]) is not None:  # an encoder-decoder LM has no such perplexity
+        readers = ", ".join(
+            f"{kept[reader]['perplexity']:.2f} {words}"
+            for reader, words in (
+                ("base", "base LM"),
+                ("without_user", "without a user"),
+                ("with_users", "with a user"),
+            )
         )
-    )
-    yield f"Perplexity on a general English text: {readers}."
+        yield f"Perplexity on a general English text: {readers}."
     yield f"95 % bootstrap intervals over users. Commit {run['commit'][:12]}, {run['date']}, {run['hardware']}."
 
 

@@ -32,12 +32,14 @@ from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, UserEncoder
+from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, TextConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
+from userllm.evaluation.labels import LabelScores
 from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
@@ -45,11 +47,12 @@ from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
+from userllm.language_models.sentences import find_sentence_encoder
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import Recommendation, UserLLM, encoder_for
+from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
-from userllm.tasks import OpenTask, Review, build_task
+from userllm.tasks import GenrePreference, OpenTask, Review, build_task
 from userllm.training.contextualize import contextualize
 from userllm.training.pretrain import pretrain
 from userllm.training.strategy import apply_strategy, trainable_parameters
@@ -93,15 +96,22 @@ class Run:
                     prepare_table(data.table, folder, self.config.name)
                 elif folder is None:
                     folder = cache_folder() / "datasets" / str(data.release)
-                    if data.path is not None or not (folder / "card.json").is_file():
-                        folder = folder if data.path is None else self.folder / "dataset"
+                    own = data.path is not None or data.descriptions is not None
+                    if own or not (folder / "card.json").is_file():
+                        folder = self.folder / "dataset" if own else folder
                         if data.release == RELEASE:
                             prepare_synthetic(folder)
                         else:
-                            prepare(str(data.release), data.path, folder)
-                Dataset.open(folder)
-                _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
+                            prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
+                used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+                _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
+        used = json.loads((self.folder / "dataset.json").read_text())
+        if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
+            raise UserError(
+                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
+                f"items into its model with `userllm grow {self.folder}`"
+            )
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
@@ -109,6 +119,8 @@ class Run:
             task = build_task(name, config, self.dataset.items)
             if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
                 task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
+        if isinstance(self.config.encoder, TextConfig):
+            self.texts = self._encode_texts(self.config.encoder)
         say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
 
     def do_pretrain(self) -> None:
@@ -123,9 +135,10 @@ class Run:
                 self._need("dataset", "data")
                 set_seed(self.config.seed)
                 encoder = encoder_for(self.vocabulary, self.config.encoder)
+                self._give_texts(encoder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if from_text:
-                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
+                    self._start_from_text(encoder, file.parent / TEXT_START)
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -205,7 +218,33 @@ class Run:
         encoder.load_state_dict(
             load_file(self._need_file("pretrain/encoder/encoder.safetensors", "pretrain"))
         )
+        self._give_texts(encoder)
         return encoder
+
+    def _encode_texts(self, config: TextConfig) -> TextStore:
+        """The store beside the dataset, with every text the encoder will ask for."""
+        found = find_sentence_encoder(config.sentences)
+        store = TextStore.open(
+            self.dataset.folder / "sentences" / config.sentences.replace("/", "--"), found.card
+        )
+        texts = [
+            text for column in config.texts(self.dataset.items, self.vocabulary).values() for text in column
+        ]
+        if missing := len(store.missing(texts)):
+            say(f"data: {missing:,} distinct texts to encode with {config.sentences}, into {store.folder}")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            began = time.time()
+            store.add(
+                texts,
+                found.load().to(device).encode,
+                lambda done, of: say(f"  {done:,} of {of:,}, {done / (time.time() - began):.0f} texts/s"),
+            )
+        return store
+
+    def _give_texts(self, encoder: UserEncoder) -> None:
+        """A text encoder reads the catalogue's texts from the store; any other needs none."""
+        if isinstance(encoder, TextEncoder):
+            encoder.use(self.texts, encoder.config.texts(self.dataset.items, self.vocabulary))
 
     def _start_from_text(self, encoder: UserEncoder, file: Path) -> None:
         """Item embeddings from the titles; what a new title's embedding needs is written to ``file``."""
@@ -237,6 +276,9 @@ class Run:
             strategy.name,
             adapter,
         )
+        start = self.folder / "pretrain" / "encoder" / TEXT_START
+        if start.is_file():
+            model.text_start = TextStart.load(start)
         model.check_head()
         apply_strategy(model, strategy.name, adapter)
         return model
@@ -285,11 +327,30 @@ class Run:
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
-            entries[name] = evaluator.measure(texts, self._text_metrics(model.open_tasks[name], texts))
+            task = model.open_tasks[name]
+            entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
+            if isinstance(task, GenrePreference):
+                entries[name] |= self._label_entries(task, texts)
         return entries
+
+    def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
+        """Answers that are the same for everyone, and every system's scores label by label."""
+        scores = LabelScores(task)
+        training = task.examples(self.dataset, self.split.users, self.split.train_end, 0)
+        said = {
+            system: written for (system, decoding), written in texts.written.items() if decoding == "greedy"
+        }
+        return {
+            **scores.baselines(
+                texts.targets, [example.target for example in training if example is not None]
+            ),
+            "labels": {system: scores.table(texts.targets, written) for system, written in said.items()},
+        }
 
     def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
         """What is measured of a task's texts."""
+        if isinstance(task, GenrePreference):
+            return [LabelScores(task)]
         metrics: list[TextMetric] = [rouge, length, distinct]
         if isinstance(task, Review) and (rating := task.config.rating) in self.dataset.event_fields:
             reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, rating)
@@ -354,6 +415,7 @@ class Run:
                 f"beam search with {config.beams} beams over the catalogue's trie; a target outside "
                 f"the list of {config.list_length} counts as a miss",
                 "among equal scores the item that comes first in the catalogue wins",
+                *_catalogue_note(model),
             ]
         if model.open_tasks:
             notes += [
@@ -365,7 +427,9 @@ class Run:
             ]
         return notes
 
-    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any]:
+    def _knowledge(self, model: UserLLM, evaluator: ClosedEvaluator) -> dict[str, Any] | None:
+        if model.has_encoder:
+            return None  # it does not continue texts, so there is no perplexity of one
         config = self.config.evaluation
         say("knowledge: a general English text, before and after")
         original = load(self.config.lm)[0].to(model.lm.device) if model.strategy == "full" else None  # type: ignore[arg-type]
@@ -489,6 +553,17 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
     values, best = scores.topk(min(5, len(answers)))
     pairs = zip(values.tolist(), best.tolist(), strict=True)
     return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _catalogue_note(model: UserLLM) -> list[str]:
+    if model.catalogue is None:
+        return []
+    said = [f"{one['encoder']:.2f} and {one['lm']:.2f}" for one in model.catalogue.weights()]
+    return [
+        "where a title is written, the encoder's log-probability and the LM's logit count with weights "
+        + ", ".join(said)
+        + " (first token, second, ...; fusion.catalogue)"
+    ]
 
 
 def _without_nulls(settings: Any) -> Any:

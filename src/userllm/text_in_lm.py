@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from userllm.fusion.attach import UserContext
+from userllm.fusion.source import Source, copied_cache, new_cache
 
 if TYPE_CHECKING:
     from userllm.contextual import ContextualLM
@@ -35,8 +36,9 @@ class TextInLM:
         self.task = task
         self.context = context
         self.lower = model._lower.get(task) if replay else None
-        self.cache = DynamicCache(config=model.lm.config)
+        self.cache = new_cache(model.lm)
         self.mask: Tensor | None = None
+        self.source: Source | None = None
 
     def start(self, prompt_ids: Tensor) -> Tensor:
         """Read the prompt for every user: [B, D]."""
@@ -45,6 +47,9 @@ class TextInLM:
             states = torch.cat([self.lower.prompt, self.lower.nodes[self.lower.row[0]][None]])
             states = states.expand(self.users, -1, -1)
         ids = prompt_ids.expand(self.users, -1)
+        if self.model.has_encoder:
+            self.source = self.model.source_of(self.task, self.context, self.users)
+            return self._read(ids, None)
         if self.context is not None and self.context.prefix is not None:
             self.cache, self.mask = self.model.read_prompt(ids[:, :-1], self.context)
             ids = ids[:, -1:]
@@ -57,21 +62,21 @@ class TextInLM:
         """One more token for rows that continue ``parents``: [R, D]."""
         self.cache.batch_select_indices(parents)
         self.mask = None if self.mask is None else self.mask[parents]
+        self.source = None if self.source is None else self.source.select(parents)
         states = None if self.lower is None else self.lower.nodes[self.lower.row[nodes]][:, None]
         return self._read(tokens[:, None], states)
 
     def fork(self) -> TextInLM:
         """The same texts once more, to be continued in another way."""
         other = copy.copy(self)
-        other.cache = copy.copy(self.cache)
-        other.cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        other.cache = copied_cache(self.cache)
         return other
 
     def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
-        hidden = self.model._hidden(input_ids, states, self.cache, self.mask)
-        if states is not None:
+        hidden = self.model._hidden(input_ids, states, self.cache, self.mask, self.source)
+        if states is not None and isinstance(self.cache, DynamicCache):
             # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
             stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)
             for layer in self.cache.layers[: self.model.attachment.first]:

@@ -48,7 +48,7 @@ def test_the_default_is_the_autoregressive_encoder():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["encoder.kind=bert"], "encoder.kind is 'bert'; use autoregressive, dual or bert4rec"),
+        (["encoder.kind=bert"], "encoder.kind is 'bert'; use autoregressive, dual, bert4rec or text"),
         (["encoder.kind=null"], "encoder.kind is None"),
         (["encoder.hidden_share=0.5"], "encoder.hidden_share is a setting of encoder.kind=bert4rec; this"),
         (["encoder.kind=dual", "encoder.hidden_share=0.5"], "setting of encoder.kind=bert4rec; this encoder is dual"),
@@ -78,7 +78,7 @@ def test_every_kinds_settings_are_listed():
             assert listed[name][1]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "autoregressive"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("autoregressive", "text")])
 def test_a_run_of_each_kind(userllm, finished, tmp_path, kind):
     settings = [f"data.path={finished / 'raw'}", f"encoder.kind={kind}", *SHORT]
     said = userllm("run", finished / "config.yaml", *settings, cwd=tmp_path)

@@ -15,7 +15,8 @@ def test_each_architecture_runs_generates_and_is_deterministic(architecture):
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
     batch = tokenizer(["What will the user watch next?", "Heat"], return_tensors="pt", padding=True)
-    logits = model(**batch).logits
+    asked = {"decoder_input_ids": batch.input_ids} if model.config.is_encoder_decoder else {}
+    logits = model(**batch, **asked).logits
     assert logits.shape == (*batch.input_ids.shape, len(tokenizer))
     assert logits.isfinite().all() and logits.std() > 0.5
     answer = model.generate(**batch, max_new_tokens=4, do_sample=False)

@@ -21,7 +21,7 @@ def group_of(name):
     for key, group in (
         ("encoder.", "encoder"),
         ("user_tokens.", "projection"),
-        (".block.", "cross_attention"),
+        (".user_block.", "cross_attention"),
     ):
         if key in name:
             return group
@@ -146,7 +146,7 @@ def test_rates_and_decay_by_group(make_user_llm, dataset, split, stored, tmp_pat
     args = training_arguments(
         tmp_path / "c", OptimizationConfig(learning_rate=0.01, weight_decay=0.5), 1, 0, None
     )
-    rates = {".block.gate": 10.0, ".block.": 1.0, "model.encoder.": 0.1, "model.lm.": 0.02}
+    rates = {".user_block.gate": 10.0, ".user_block.": 1.0, "model.encoder.": 0.1, "model.lm.": 0.02}
     trainer = StageTrainer(ContextualizedLosses(model), args, batches, rates=rates)
     names = {id(weight): name for name, weight in model.named_parameters()}
     seen = {}

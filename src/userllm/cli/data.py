@@ -49,6 +49,12 @@ def add_parser(commands: Any) -> None:
         help="your own copy: a folder or a zip; of table: files or patterns",
     )
     prepare_parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: data/NAME)")
+    prepare_parser.add_argument(
+        "--descriptions",
+        type=Path,
+        metavar="FILE",
+        help="a CSV file with movieId and overview of MovieLens movies",
+    )
     add_table_arguments(prepare_parser)
     prepare_parser.set_defaults(command=prepare)
 
@@ -86,7 +92,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise UserError(f"--path: {arguments.name} is one folder or file, {len(arguments.path)} were given")
     path = arguments.path[0] if arguments.path else None
     memory = bytes_of(arguments.memory or "2GiB")
-    print(describe_card(prepare_by_name(arguments.name, path, out, memory)))
+    print(describe_card(prepare_by_name(arguments.name, path, out, memory, arguments.descriptions)))
 
 
 def append(arguments: argparse.Namespace) -> None:

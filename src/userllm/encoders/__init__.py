@@ -7,6 +7,7 @@ from userllm.encoders.base import UserEncoder
 from userllm.encoders.bert4rec import Bert4RecConfig, Bert4RecEncoder
 from userllm.encoders.dual import DualConfig, DualEncoder
 from userllm.encoders.features import FieldShape
+from userllm.encoders.text import TextConfig, TextEncoder
 from userllm.errors import UserError
 
 __all__ = [
@@ -18,12 +19,14 @@ __all__ = [
     "DualEncoder",
     "EncoderConfig",
     "FieldShape",
+    "TextConfig",
+    "TextEncoder",
     "UserEncoder",
     "config_of",
     "encoder_config_class",
 ]
 
-EncoderConfig = AutoregressiveConfig | DualConfig | Bert4RecConfig
+EncoderConfig = AutoregressiveConfig | DualConfig | Bert4RecConfig | TextConfig
 
 
 def encoder_config_class(kind: object) -> type[EncoderConfig]:
@@ -35,11 +38,12 @@ def encoder_config_class(kind: object) -> type[EncoderConfig]:
             return DualConfig
         case "bert4rec":
             return Bert4RecConfig
-    raise UserError(f"encoder.kind is {kind!r}; use autoregressive, dual or bert4rec")
+        case "text":
+            return TextConfig
+    raise UserError(f"encoder.kind is {kind!r}; use autoregressive, dual, bert4rec or text")
 
 
 def config_of(encoder: UserEncoder) -> EncoderConfig | None:
     """The configuration that builds the encoder again; None for one of somebody's own."""
-    return (
-        encoder.config if isinstance(encoder, AutoregressiveEncoder | DualEncoder | Bert4RecEncoder) else None
-    )
+    ours = AutoregressiveEncoder | DualEncoder | Bert4RecEncoder | TextEncoder
+    return encoder.config if isinstance(encoder, ours) else None

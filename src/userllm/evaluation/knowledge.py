@@ -95,7 +95,7 @@ def knowledge_kept(
     window: int = 512,
     stride: int = 384,
 ) -> dict[str, Any]:
-    """The entry "knowledge" of metrics.json: the text and the three readings of it.
+    """The entry "knowledge" of metrics.json: the text and the three readings of it. A causal LM's only.
 
     users: whom to read with, one after the other; the whole text attends to them, and the reading is the mean over
     users. original: the LM before stage 2, needed where all of it was trained (strategy "full").

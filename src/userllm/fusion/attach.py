@@ -73,7 +73,7 @@ class FusedLayer(nn.Module):
 
     def __init__(self, block: CrossAttentionBlock, layer: nn.Module, index: int, slot: Slot):
         super().__init__()
-        self.block = block
+        self.user_block = block
         self.layer = layer
         self.index = index
         self.slot = slot
@@ -87,11 +87,11 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         slot = self.slot
         if slot.context is not None:
-            keys, values = slot.context.for_block(self.index, self.block)
+            keys, values = slot.context.for_block(self.index, self.user_block)
             if slot.context.recorded is not None:
-                weights = self.block.attention(hidden_states, keys, slot.context.mask)
+                weights = self.user_block.attention(hidden_states, keys, slot.context.mask)
                 slot.context.recorded.setdefault(self.index, []).append(weights.detach())
-            hidden_states = self.block(hidden_states, keys, values, slot.context.mask)
+            hidden_states = self.user_block(hidden_states, keys, values, slot.context.mask)
         elif not slot.without_user:
             raise RuntimeError(
                 "this language model is fused with user cross-attention: call it inside model.conditioned(users), "
@@ -131,11 +131,14 @@ class ReplayLayer(nn.Module):
 def find_layers(lm: nn.Module) -> nn.ModuleList:
     """The LM's decoder layers, found by structure: the one ModuleList as long as ``num_hidden_layers``.
 
-    Raises UserError where there is none or more than one.
+    Lists inside its layers do not count. Raises UserError where there is none or more than one.
     """
+    if getattr(lm.config, "is_encoder_decoder", False):
+        lm = lm.get_decoder()  # type: ignore[operator]
     text_config = lm.config.get_text_config()  # type: ignore[union-attr, operator]
     count = text_config.num_hidden_layers
-    found = [m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = {n: m for n, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    found = [m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)]
     if len(found) != 1:
         raise UserError(
             f"{type(lm).__name__}: expected one list of {count} decoder layers, found {len(found)}; "

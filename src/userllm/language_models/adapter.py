@@ -34,8 +34,9 @@ class Adapter:
     @classmethod
     def add(cls, lm: PreTrainedModel, config: LoraConfig) -> Adapter:
         """A fresh adapter: it changes nothing until it is trained."""
+        kind = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
         settings = PeftLoraConfig(
-            r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, task_type="CAUSAL_LM"
+            r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, task_type=kind
         )
         return cls(get_peft_model(lm, settings))  # type: ignore[arg-type]
 

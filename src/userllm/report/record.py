@@ -19,7 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SHOWN_TEXTS = 10
 """Texts on show of a task that is answered in free text: those of its first users."""
 
-_NOT_METRICS = ("gain_nats", "gain", "whole", "decoding")
+_NOT_METRICS = ("gain_nats", "gain", "whole", "decoding", "labels")
 """Keys of a task in metrics.json whose value is a table and yet no system."""
 
 

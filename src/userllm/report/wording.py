@@ -24,11 +24,13 @@ SYSTEMS = {
     "own_last": "The user's own last text, copied",
     "other_last": "Another user's last text, copied",
     "target": "What the users wrote",
+    "every_label": "Every label, for everyone",
 }
 TASKS = {
     "next_item": "Next item",
     "favorite_genre": "Favourite genre",
     "favorite_category": "Favourite category",
+    "genre_preference": "Genre preference",
     "review": "Review",
     "review_rated": "Review, the rating given",
 }
@@ -37,6 +39,12 @@ METRICS = {
     "log_likelihood": "log-likelihood (nats)",
     "prompt_tokens": "LM tokens before the answer",
     "nats_per_token": "nats per token",
+    "precision": "weighted precision",
+    "recall": "weighted recall",
+    "f1": "weighted F1",
+    "user_f1": "F1 per user",
+    "labels": "labels named",
+    "unknown_words": "unknown words",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeLsum": "ROUGE-Lsum",

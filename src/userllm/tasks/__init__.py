@@ -10,11 +10,13 @@ from userllm.tasks.base import (
     TextExample,
 )
 from userllm.tasks.build import build_task
+from userllm.tasks.genre_preference import GenrePreference
 from userllm.tasks.review import Review
 
 __all__ = [
     "ClosedTask",
     "FavoriteCategory",
+    "GenrePreference",
     "NextItem",
     "OpenTask",
     "Review",

@@ -23,13 +23,14 @@ from userllm.errors import UserError
 class TaskConfig:
     """One task of a run."""
 
-    kind: Literal["next_item", "favorite_category", "review"] = "next_item"
+    kind: Literal["next_item", "favorite_category", "review", "genre_preference"] = "next_item"
     """What is asked."""
     prompt: str = "The next movie this user will watch is"
     """The query text (ours: the papers do not print theirs). The answer follows after one space. Of a review it is a
     template: {title} and other fields of the item, {rating} and other fields of the event to be written about."""
     field: str = "genres"
-    """favorite_category: the item field whose most frequent value is asked for."""
+    """favorite_category: the item field whose most frequent value is asked for; genre_preference: the field whose
+    preferred values are."""
     weight: float = 1.0
     """Share of this task among the training examples, relative to the other tasks'."""
     normalization: Literal["catalogue", "vocabulary"] = "catalogue"
@@ -40,6 +41,12 @@ class TaskConfig:
     """review: the event's text field that is to be written."""
     rating: str = "rating"
     """review: the event's field that says how much the user liked it; written texts are checked against it."""
+    liked: float = 4.0
+    """genre_preference: an item with at least this rating is liked (ours)."""
+    share: float = 0.25
+    """genre_preference: at least this share of the liked items must carry a preferred genre (ours)."""
+    history: int = 200
+    """genre_preference: latest events that decide, however many the model sees (ours)."""
     target_tokens: int = 64
     """Free text: leading tokens of a target that are learned and whose likelihood is measured (ours)."""
 
@@ -124,12 +131,12 @@ class FavoriteCategory(ClosedTask):
             )
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
-        values = sorted({v for row in lists for v in row if v is not None})
+        values = sorted({v for row in lists for v in row or () if v is not None})
         super().__init__(name, config, values)
         number = {value: i for i, value in enumerate(values)}
         self._has = np.zeros((len(lists), len(values)), dtype=np.int32)
         for row, names in enumerate(lists):
-            for value in names:
+            for value in names or ():
                 if value is not None:
                     self._has[row, number[value]] = 1
 

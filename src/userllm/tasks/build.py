@@ -6,6 +6,7 @@ import polars as pl
 
 from userllm.errors import UserError
 from userllm.tasks.base import FavoriteCategory, NextItem, Task, TaskConfig
+from userllm.tasks.genre_preference import GenrePreference
 from userllm.tasks.review import Review
 
 
@@ -21,4 +22,6 @@ def build_task(name: str, config: TaskConfig, items: pl.DataFrame) -> Task:
         return NextItem(name, config, items)
     if config.kind == "review":
         return Review(name, config, items)
+    if config.kind == "genre_preference":
+        return GenrePreference(name, config, items)
     return FavoriteCategory(name, config, items)

@@ -142,9 +142,9 @@ def contextualize(
         ExampleBatches(model, dataset, split, stored, config, seed, steps, config.every),
         evaluator,
         rates={
-            ".block.gate": config.gate_rate,
+            ".user_block.gate": config.gate_rate,
             "model.catalogue.": config.gate_rate,
-            ".block.": 1.0,
+            ".user_block.": 1.0,
             "model.encoder.": config.encoder_rate,
             "model.lm.": config.lm_rate,
         },

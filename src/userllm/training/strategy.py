@@ -66,7 +66,7 @@ def trainable_parameters(model: UserLLM) -> dict[str, int]:
             group = "encoder"
         elif name.startswith(("user_tokens.", "soft_prompt.", "catalogue.")):
             group = "projection"
-        elif ".block." in name:
+        elif ".user_block." in name:
             group = "cross_attention"
         else:
             group = "lora" if "lora_" in name else "lm"

@@ -20,8 +20,10 @@ from pathlib import Path, PurePosixPath
 
 import polars as pl
 
-from userllm.data.build import DatasetBuilder, Numbering
+from userllm.data.build import DatasetBuilder, block_of
+from userllm.data.numbering import Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
+from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.releases import find_release
 from userllm.data.store import Dataset, FieldSpec, Source, check_writable
@@ -34,6 +36,7 @@ FIELDS = (
     FieldSpec("year", "item", "single"),
     FieldSpec("title", "item", "text"),
 )
+DESCRIPTION = FieldSpec("description", "item", "text")
 GENRES_100K = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
     *(
@@ -81,11 +84,16 @@ class Layout:
 
 
 def prepare_movielens(
-    path: Path | None, out: Path, release: str | None = None, memory: int = 2**31
+    path: Path | None,
+    out: Path,
+    release: str | None = None,
+    memory: int = 2**31,
+    descriptions: Path | None = None,
 ) -> Dataset:
     """Prepare a MovieLens release as a dataset in ``out``, with about ``memory`` bytes of memory.
 
     path: a folder or zip with a copy of any release; None finds ``release`` ("movielens-100k" or "-1m") by itself.
+    descriptions: a CSV file with movieId and overview, which becomes the movies' field ``description``.
     Raises UserError for anything wrong with the copy, naming file and line.
     """
     check_writable(out)
@@ -96,8 +104,11 @@ def prepare_movielens(
     out.parent.mkdir(parents=True, exist_ok=True)
     with opened(path, scratch=out.parent) as (layout, ratings, movies):
         items = read_movies(layout, movies)
-        with DatasetBuilder(out, FIELDS, items=items, memory=memory) as builder:
-            for events in read_ratings(layout, ratings, items, movies.label, builder.users, memory // 64):
+        if descriptions is not None:
+            items = with_descriptions(items, descriptions)
+        fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
+        with DatasetBuilder(out, fields, items=items, memory=memory) as builder:
+            for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
                 builder.add_numbered(events)
             if builder.counts.read == 0:
                 raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
