@@ -1,7 +1,7 @@
 """Preparing a large event log: seconds, peak memory, the same in pandas, and how soon training can start.
 
-    python benchmarks/synthetic_log.py --out /data/synthetic-20m
-    python benchmarks/bench_prepare.py --log /data/synthetic-20m
+    python benchmarks/bench_prepare.py                                # makes the synthetic log of 20 million rows first
+    python benchmarks/bench_prepare.py --log DIR --rounds 1           # on what synthetic_log.py wrote into DIR
 
 Every way runs in a process of its own, userllm and pandas in turns, so that one's peak memory is not the other's. The
 first batch is timed in a fresh process, too: open the dataset, split, vocabulary, one training batch.
@@ -21,8 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-from measure import ratio, write_result
 
 MEMORY = "2GiB"
 
@@ -115,32 +113,17 @@ def alone(way: str, log: Path, memory: str, out: Path) -> dict[str, float | str]
     return found
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--log", type=Path, required=True, help="what synthetic_log.py wrote")
-    parser.add_argument("--memory", default=MEMORY)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--without-pandas", action="store_true", help="for a log that pandas has no room for")
-    parser.add_argument("--name", default="prepare", help="of the result")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.way:
-        began = time.perf_counter()
-        found = WAYS[args.way](args.log, args.out, args.memory)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(found | {"seconds": time.perf_counter() - began, "peak_mib": round(peak, 1)}))
-        return
+def measure_ways(log: Path, args: argparse.Namespace) -> None:
+    """Every way in turns, and the result file."""
+    from measure import ratio, write_result
+
     ways = ["userllm"] if args.without_pandas else ["userllm", "pandas"]
     results: dict[str, list[dict]] = {way: [] for way in [*ways, "first_batch"]}
     for number in range(args.rounds):
         print(f"round {number}", flush=True)
-        with tempfile.TemporaryDirectory(dir=args.log.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=log.parent) as scratch:
             for way in ways:
-                results[way].append(alone(way, args.log, args.memory, Path(scratch) / way))
+                results[way].append(alone(way, log, args.memory, Path(scratch) / way))
             results["first_batch"].append(
                 alone("first_batch", Path(scratch) / "userllm", args.memory, args.out)
             )
@@ -153,6 +136,37 @@ def main() -> None:
     if not args.without_pandas:
         facts["over_pandas"] = ratio(rates, "userllm", "pandas")
     write_result(args.name, facts, args.out)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--log", type=Path, help="what synthetic_log.py wrote (default: made in a temporary folder)"
+    )
+    parser.add_argument("--memory", default=MEMORY)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-pandas", action="store_true", help="for a log that pandas has no room for")
+    parser.add_argument("--name", default="prepare", help="of the result")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"))
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        began = time.perf_counter()
+        found = WAYS[args.way](args.log, args.out, args.memory)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        spent = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time()}
+        print(json.dumps(found | spent | {"peak_mib": round(peak, 1)}))
+    elif args.log is not None:
+        measure_ways(args.log, args)
+    else:
+        from synthetic_log import EVENTS, ITEMS, USERS, write_log
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_log(Path(folder) / "log", EVENTS, USERS, ITEMS)
+            measure_ways(Path(folder) / "log", args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,12 @@ def run_block(name: str, command: str) -> str | None:
         if "encoder" in entry:
             share = entry["user_llm"]["recall@10"]["value"] / entry["encoder"]["recall@10"]["value"]
             lines += ["", f"User-LLM's recall@10 is {share:.2f} of its own encoder's."]
+            if weights := metrics.get("catalogue_weights"):
+                told = ", ".join(f"{one['encoder']:.2f} : {one['lm']:.2f}" for one in weights)
+                lines += [
+                    "Where a title is written, its encoder's log-probability and the LM's logit are added up "
+                    f"(`fusion.catalogue`) with learned weights {told} (first token, second, ...)."
+                ]
         gains = entry["gain_nats"]
         lines += [
             "",
@@ -174,6 +181,29 @@ def text_prompt_rows(result: dict[str, Any]) -> list[str]:
     return rows
 
 
+def prepare_rows(result: dict[str, Any]) -> list[str]:
+    """Preparing a synthetic log: seconds and memory of each way, and how soon training starts."""
+    log = result["results"]["userllm"][0]
+    lines = [
+        f"A synthetic log of {log['events']:,} events, {log['users']:,} users and {log['items']:,} items; "
+        f"--memory {result['memory_option']}.",
+        "",
+        "| | seconds | CPU seconds | peak memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for way in ("userllm", "pandas"):
+        if runs := result["results"].get(way):
+            cells = [median(run[key] for run in runs) for key in ("seconds", "cpu_s", "peak_mib")]
+            lines.append(f"| {way} | {cells[0]:.1f} | {cells[1]:.1f} | {cells[2]:,.0f} |")
+    starts = median(run["first_batch_s"] for run in result["results"]["first_batch"])
+    lines += ["", f"From opening the dataset to the first training batch: {starts:.2f} s."]
+    return (
+        [*lines, "", f"Speed over pandas: {spread(result['over_pandas'])}."]
+        if "over_pandas" in result
+        else lines
+    )
+
+
 def encoder_block() -> str | None:
     """Our encoder beside RecTools' SASRec."""
     ours, theirs = RESULTS / "movielens-1m" / "encoder.json", RESULTS / "benchmarks" / "rectools_sasrec.json"
@@ -189,6 +219,35 @@ def encoder_block() -> str | None:
         f"{best['test']['recall@10']:.3f} | {best['test']['ndcg@10']:.3f} | {other['data']['users']} |",
         "", f"Commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}; RecTools "
         f"{other['versions']['rectools']}.",
+    ])  # fmt: skip
+
+
+def time_to_recall_block() -> str | None:
+    """CPU time of training until RecTools' own best validation recall@10 is reached."""
+    files = [
+        RESULTS / "movielens-1m" / "encoder.json",
+        *(RESULTS / "benchmarks" / f"{name}.json" for name in ("rectools_sasrec", "pretraining")),
+    ]
+    if not all(file.exists() for file in files):
+        return None
+    mine, other, speed = (json.loads(file.read_text()) for file in files)
+    best = other["best"]
+    goal, seconds = best["validation"]["recall@10"], best["train_cpu_s"]
+    reached = [one for one in mine["validation"] if one["eval_recall@10"] >= goal]
+    if not reached or "eval_train_cpu_s" not in reached[0]:
+        return None
+    took = reached[0]["eval_train_cpu_s"]
+    released = seconds * speed["over_rectools"]["median"] / speed["over_rectools_targets"]["median"]
+    return "\n".join([
+        f"CPU seconds of training until validation recall@10 is at RecTools' own best, {goal:.4f} (all {mine['n']} "
+        "users; the encoder validates once an epoch):", "",
+        "| | CPU s | userllm sooner by |", "|---|---|---|",
+        f"| userllm, {mine['layers']} x {mine['width']}, item loss first, relative time | {took:.0f} | |",
+        f"| RecTools SASRec, logits at targets only, epoch {best['epoch']} | {seconds:.0f} | {seconds / took:.2f}x |",
+        f"| RecTools SASRec as released: the same epochs at its own speed (ratio above) | {released:.0f} | "
+        f"**{released / took:.2f}x** |", "",
+        f"`docs/results/movielens-1m/encoder.json` (commit {mine['commit'][:12]}, {mine['date']}, {mine['hardware']}) "
+        "and `docs/results/benchmarks/rectools_sasrec.json`. Trained at different times, each on one core.",
     ])  # fmt: skip
 
 
@@ -213,6 +272,7 @@ def main() -> None:
         ),
         "rent-the-runway-review-texts": examples_block("rent-the-runway-review", "review"),
         "encoder-results": encoder_block(),
+        "time-to-recall": time_to_recall_block(),
         "pretraining-performance": bench_block(
             "pretraining",
             ".venv-bench/bin/python benchmarks/pretraining.py",
@@ -229,6 +289,7 @@ def main() -> None:
         "text-prompt-performance": bench_block(
             "text_prompt", "python benchmarks/bench_text_prompt.py", text_prompt_rows
         ),
+        "prepare-performance": bench_block("prepare", "python benchmarks/bench_prepare.py", prepare_rows),
         "decoding-performance": bench_block(
             "decoding",
             "python benchmarks/bench_decoding.py",

@@ -21,6 +21,7 @@ from userllm.data.collation import HistoryCollator
 from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
+from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 from userllm.fusion.attach import UserContext
@@ -47,6 +48,7 @@ from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
 FORMAT_VERSION = 1
+TEXT_START = "text_start.safetensors"
 Strategy = Literal["full", "lora", "enc", "proj"]
 
 __all__ = ["Attended", "FusionConfig", "Recommendation", "UserLLM", "encoder_for"]
@@ -95,6 +97,8 @@ class UserLLM(ContextualLM):
         self.reference = reference
         self.strategy: Strategy = strategy
         self.adapter = adapter
+        self.text_start: TextStart | None = None
+        """What an embedding of a new title needs, where item embeddings started from the titles; see ``growing``."""
         self.run: dict[str, Any] = {}
         """What is known of the run that made this model: dataset, split, results. For its card; see ``model_card``."""
 
@@ -362,9 +366,11 @@ class UserLLM(ContextualLM):
             partial = Path(scratch) / "model"
             partial.mkdir()
             save_weights(self.encoder.state_dict(), partial / "encoder.safetensors")
+            save_weights(self.fusion_weights(), partial / "fusion.safetensors")
+            if self.text_start is not None:
+                self.text_start.save(partial / TEXT_START)
             if isinstance(self.encoder, TextEncoder):
                 self.encoder.save_texts(partial / "sentences")
-            save_weights(self._fusion_weights(), partial / "fusion.safetensors")
             self.collator.vocabulary.save(partial / "vocabulary.json")
             self.collator.items.write_parquet(partial / "items.parquet")
             with self.attachment.detached():
@@ -495,12 +501,15 @@ class UserLLM(ContextualLM):
             strategy,
             adapter,
         )
-        fill_weights(model._fusion_weights(), folder / "fusion.safetensors")
+        fill_weights(model.fusion_weights(), folder / "fusion.safetensors")
+        if (folder / TEXT_START).is_file():
+            model.text_start = TextStart.load(folder / TEXT_START)
         model.run = saved.get("run", {})  # folders written by userllm 0.1.0 have none
         model.requires_grad_(False)
         return model.eval()
 
-    def _fusion_weights(self) -> dict[str, Tensor]:
+    def fusion_weights(self) -> dict[str, Tensor]:
+        """What the fusion has learned, by name; the tensors are the model's own."""
         weights = {f"user_tokens.{name}": value for name, value in self.user_tokens.state_dict().items()}
         if self.soft_prompt is not None:
             weights |= {f"soft_prompt.{name}": value for name, value in self.soft_prompt.state_dict().items()}

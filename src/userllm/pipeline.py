@@ -49,7 +49,7 @@ from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import Recommendation, UserLLM, encoder_for
+from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import GenrePreference, OpenTask, Review, build_task
@@ -103,9 +103,15 @@ class Run:
                             prepare_synthetic(folder)
                         else:
                             prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
-                Dataset.open(folder)
-                _write(self.folder / "dataset.json", json.dumps({"folder": str(folder.resolve())}))
+                used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+                _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
+        used = json.loads((self.folder / "dataset.json").read_text())
+        if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
+            raise UserError(
+                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
+                f"items into its model with `userllm grow {self.folder}`"
+            )
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
@@ -132,7 +138,7 @@ class Run:
                 self._give_texts(encoder)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if from_text:
-                    self._start_from_text(encoder, file.parent / "text_start.safetensors")
+                    self._start_from_text(encoder, file.parent / TEXT_START)
                 say(f"pretrain: encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters")
                 history: list[dict[str, float]] = []
                 if self.config.pretrain is not None:
@@ -270,6 +276,9 @@ class Run:
             strategy.name,
             adapter,
         )
+        start = self.folder / "pretrain" / "encoder" / TEXT_START
+        if start.is_file():
+            model.text_start = TextStart.load(start)
         model.check_head()
         apply_strategy(model, strategy.name, adapter)
         return model
@@ -343,10 +352,10 @@ class Run:
         if isinstance(task, GenrePreference):
             return [LabelScores(task)]
         metrics: list[TextMetric] = [rouge, length, distinct]
-        if isinstance(task, Review) and "rating" in self.dataset.event_fields:
-            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, "rating")
+        if isinstance(task, Review) and (rating := task.config.rating) in self.dataset.event_fields:
+            reader = RatingReader.of_training_events(self.dataset, self.split, task.config.target, rating)
             events = self.dataset.offsets[texts.rows[:, 0]] + texts.rows[:, 2]
-            metrics.append(reader.agreement(self.dataset.events["rating"][events]))
+            metrics.append(reader.agreement(self.dataset.events[rating][events]))
         return metrics
 
     def _data_facts(self) -> dict[str, Any]:
@@ -406,6 +415,7 @@ class Run:
                 f"beam search with {config.beams} beams over the catalogue's trie; a target outside "
                 f"the list of {config.list_length} counts as a miss",
                 "among equal scores the item that comes first in the catalogue wins",
+                *_catalogue_note(model),
             ]
         if model.open_tasks:
             notes += [
@@ -543,6 +553,17 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
     values, best = scores.topk(min(5, len(answers)))
     pairs = zip(values.tolist(), best.tolist(), strict=True)
     return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+
+
+def _catalogue_note(model: UserLLM) -> list[str]:
+    if model.catalogue is None:
+        return []
+    said = [f"{one['encoder']:.2f} and {one['lm']:.2f}" for one in model.catalogue.weights()]
+    return [
+        "where a title is written, the encoder's log-probability and the LM's logit count with weights "
+        + ", ".join(said)
+        + " (first token, second, ...; fusion.catalogue)"
+    ]
 
 
 def _without_nulls(settings: Any) -> Any:

@@ -93,7 +93,8 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
         assert one["other_last"] in [row(other, 5)["review_text"] for other in range(12) if other != user]
     assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {"log_likelihood", "nats_per_token"}
     assert entry["decoding"]["greedy"] == {
-        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "seed": 0, "users": 7
+        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "no_repeat": 0, "seed": 0,
+        "users": 7
     }  # fmt: skip
     assert entry["decoding"]["sampled"]["temperature"] == 0.9
     assert set(entry["gain"]) == set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}

@@ -97,6 +97,7 @@ def test_a_run_prepares_a_table(userllm, folder, finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     config["data"] = {"release": None, "table": SPEC, "fields": ["item", "stars", "category"]}
     config["split"] = {"min_events": 3}
+    config["tasks"]["favorite_genre"]["field"] = "category"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     loaded, _ = load_config(folder / "config.yaml")
     assert loaded.data.table is not None

@@ -194,6 +194,7 @@ def test_invalid_answers_are_counted():
 
 def test_every_users_rank_is_kept(model, dataset, split, stored):
     judge = evaluator(model, dataset, split, stored, list_length=7, other_user=False)
+    assert judge.per_user().is_empty()
     entries = {name: judge.evaluate(name) for name in ("next_item", "favorite_genre")}
     rows = judge.per_user()
     assert "user_llm_shuffled" not in rows["system"].to_list()

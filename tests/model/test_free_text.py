@@ -1,5 +1,7 @@
 """Free text for users: losses and generation against written-out sequences, one at a time and without a cache."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
+from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 
@@ -155,6 +158,21 @@ def test_drawn_texts_depend_on_their_number_alone(make_user_llm, users):
         assert one == [together[row]]
 
 
+def test_what_is_said_of_titles_stays_out_of_free_text(make_user_llm, users, dataset):
+    with_it, without = (make_user_llm(catalogue=c) for c in (CatalogueConfig(tokens=2), None))
+    without.load_state_dict(with_it.state_dict(), strict=False)
+    with_it.catalogue.encoder.data = torch.tensor([0.5, 0.9])
+    a, b = users(with_it), users(without)
+    answers = torch.tensor([1, 2, 3])
+    with torch.no_grad():
+        differ = [m.answer_log_likelihood("next_item", answers, u) for m, u in ((with_it, a), (without, b))]
+        assert not torch.allclose(*differ, atol=1e-2)
+        losses = [m.text_losses(PROMPTS, TARGETS, u)[0] for m, u in ((with_it, a), (without, b))]
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-5)
+    texts = [m.generate(PROMPTS[0], dataset.history(7), max_new_tokens=6) for m in (with_it, without)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("strategy", ["proj", "enc", "lora", "full"])
 @pytest.mark.parametrize("attend", ["text", "answer"])
 def test_gradients_reach_what_should_learn(make_user_llm, users, strategy, attend):
@@ -194,3 +212,28 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p):
     torch.testing.assert_close(shares, expected, atol=2e-4, rtol=0)
     last = decoding.choose(p.log()[None], torch.ones(1, dtype=torch.float64))
     assert int(last) in kept
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_no_run_of_tokens_comes_twice(n):
+    written = torch.tensor([[5, 1, 2, 5, 1, 2, 5], [0, 1, 2, 3, 4, 5, 6]])
+    logits = torch.zeros(2, 8)
+    kept = TextDecoding(no_repeat=n).allowed(logits, written)
+    banned = [set((row == -torch.inf).nonzero()[:, 0].tolist()) for row in kept]
+    expected = {0: [set(), set()], 1: [{1, 2, 5}, set(range(7))], 2: [{1}, set()], 3: [{1}, set()]}[n]
+    assert banned == expected
+    assert torch.equal(TextDecoding(no_repeat=n).allowed(logits, written[:, : max(n - 1, 0)]), logits)
+
+
+def test_a_text_without_repeats_has_none(make_user_llm, users):
+    model = make_user_llm()
+    plain, without = (
+        model.write_texts(PROMPTS, users(model), TextDecoding(max_new_tokens=24, no_repeat=n)) for n in (0, 2)
+    )
+
+    def pairs(texts):
+        ids = [model.tokenizer(text)["input_ids"] for text in texts]
+        return [list(pairwise(one)) for one in ids]
+
+    assert any(len(set(one)) < len(one) for one in pairs(plain))
+    assert plain != without

@@ -97,7 +97,7 @@ def test_a_step_a_round_trip(
         assert [r.item for r in mine] == [r.item for r in theirs]
         assert [r.log_likelihood for r in mine] == pytest.approx([r.log_likelihood for r in theirs], abs=1e-4)
     assert loaded.generate("A film", histories[1], max_new_tokens=3) == text
-    assert load_file(folder / "fusion.safetensors").keys() == model._fusion_weights().keys()
+    assert load_file(folder / "fusion.safetensors").keys() == model.fusion_weights().keys()
     if strategy == "lora":
         base, tokenizer, _ = load(LanguageModelConfig(name=f"tiny-random-{lm}"))
         with_adapter = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()

@@ -17,6 +17,7 @@ from userllm.cli import (
     evaluate,
     experiments,
     generate,
+    grow,
     pretrain,
     recommend,
     report,
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         recommend,
         score,
         generate,
+        grow,
         settings,
     ):
         command.add_parser(commands)

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from userllm.data.build import DatasetBuilder, Numbering
+from userllm.data.build import DatasetBuilder
 from userllm.data.card import DatasetCard, FieldSpec, RowCounts, Source
 from userllm.data.columns import Texts, column_file, distinct, read_column
 from userllm.data.commit import check_writable
+from userllm.data.numbering import Numbering
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 

@@ -24,6 +24,8 @@ class TextDecoding:
     """Divides the logits before a token is drawn."""
     top_p: float = 1.0
     """A token is drawn from the fewest most likely ones that have this much probability together; 1: from all."""
+    no_repeat: int = 0
+    """No run of so many tokens comes twice in a text: small models go round in circles; 0: they may."""
     seed: int = 0
     """Of the draws. Each text has its own, so that a text does not depend on what is written beside it."""
 
@@ -35,6 +37,8 @@ class TextDecoding:
             raise UserError(
                 f"temperature is {self.temperature}; it must be above 0 (sample: false is greedy)"
             )
+        if self.no_repeat < 0:
+            raise UserError(f"no_repeat is {self.no_repeat}; give a number of tokens, or 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it lies above 0 and is at most 1")
 
@@ -42,6 +46,16 @@ class TextDecoding:
         """What the tokens of texts are drawn by: [R, max_new_tokens] in 0..1, a function of seed and number alone."""
         rows = [np.random.default_rng([self.seed, n]).random(self.max_new_tokens) for n in numbers]
         return torch.from_numpy(np.stack(rows))
+
+    def allowed(self, logits: Tensor, written: Tensor) -> Tensor:
+        """Logits [R, V] without the tokens that would repeat a run of ``no_repeat`` in what is ``written`` [R, t]."""
+        n = self.no_repeat
+        if n == 0 or written.shape[1] < n:
+            return logits
+        runs = written.unfold(1, n, 1)
+        latest = written[:, written.shape[1] - n + 1 :]
+        row, place = torch.nonzero((runs[..., : n - 1] == latest[:, None]).all(-1), as_tuple=True)
+        return logits.index_put((row, runs[row, place, n - 1]), logits.new_tensor(-torch.inf))
 
     def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
         """The next token of each text, [R], from logits [R, V] and, where tokens are drawn, ``draws`` [R] in 0..1."""

@@ -107,23 +107,31 @@ class ClosedEvaluator:
 
         rank: of the true answer in the system's list, 0 where it is not among the first ``list_length``.
         """
+        schema = {
+            "task": pl.String,
+            "user": pl.String,
+            "system": pl.String,
+            "rank": pl.Int32,
+            "log_likelihood": pl.Float64,
+        }
         ids = np.array(self.dataset.user_ids)
         parts = [
             pl.DataFrame(
                 {
                     "task": [task] * len(users),
-                    "user": ids[users],
+                    "user": ids[users].tolist(),
                     "system": [system] * len(users),
-                    "rank": self._within(said).astype(np.int32),
+                    "rank": self._within(said),
                     "log_likelihood": np.full(len(users), np.nan)
                     if said.log_likelihood is None
                     else said.log_likelihood,
-                }
+                },
+                schema=schema,
             )
             for task, (users, systems) in self.answered.items()
             for system, said in systems.items()
         ]
-        return pl.concat(parts)
+        return pl.concat([pl.DataFrame(schema=schema), *parts])
 
     def _within(self, said: Answered) -> np.ndarray:
         return np.where(said.ranks <= self.config.list_length, said.ranks, 0)

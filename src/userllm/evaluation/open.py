@@ -32,7 +32,8 @@ TextMetric = Callable[[Sequence[str], Sequence[str]], Mapping[str, np.ndarray | 
 """(targets, texts) -> by name: one number per text [n], which gets an interval and is compared text by text; an
 ``Estimate`` of all texts; or a plain number of all texts, where an interval would mean nothing."""
 
-SYSTEMS = ("user_llm", "user_llm_shuffled", "no_user")
+RIVALS = {"over_shuffled": "user_llm_shuffled", "over_no_user": "no_user"}
+"""Whom User-LLM is compared with, by what the comparison is called."""
 
 
 @dataclass
@@ -90,9 +91,13 @@ class OpenEvaluator:
         texts = Texts(rows[places], [example for p in places if (example := asked[p]) is not None])
         other = rows[self.users.other[places]]
         self.progress(f"{name}: texts for {len(places)} of {self.users.available} users")
-        for system, histories in zip(SYSTEMS, (texts.rows, other, None), strict=True):
+        asked_of: dict[str, np.ndarray | None] = {"user_llm": texts.rows}
+        copied_of = {"own_last": texts.rows}
+        if self.config.other_user:
+            asked_of["user_llm_shuffled"] = copied_of["other_last"] = other
+        for system, histories in (asked_of | {"no_user": None}).items():
             self._answer(task.config.target_tokens, texts, system, histories)
-        for system, histories in (("own_last", texts.rows), ("other_last", other)):
+        for system, histories in copied_of.items():
             if (copies := task.copied(self.dataset, histories[:, 0], histories[:, 2])) is not None:
                 texts.written[system, "greedy"] = copies
         return texts
@@ -162,7 +167,7 @@ class OpenEvaluator:
             entry[system]["log_likelihood"] = bootstrap_mean(-nats).as_dict()
             entry[system]["nats_per_token"] = bootstrap_mean(nats / texts.tokens).as_dict()
         own = measured["user_llm"]
-        rivals = {"over_shuffled": "user_llm_shuffled", "over_no_user": "no_user"}
+        rivals = {over: rival for over, rival in RIVALS.items() if rival in measured}
         entry["gain"] = {
             over: {
                 name: paired_gain(value, against).as_dict()

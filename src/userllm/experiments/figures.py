@@ -31,7 +31,8 @@ def rows_figure(
         else difference(per_user(cells[name], task, "user_llm", LOG_LIKELIHOOD), base)
         for name in names
     ]
-    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+    style: dict[Any, Any] = STYLE | {"axes.grid.axis": "x"}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)

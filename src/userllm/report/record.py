@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from userllm.evaluation.metrics import Estimate
 
 STAGES = ("pretrain", "contextualize")
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SHOWN_TEXTS = 10
 """Texts on show of a task that is answered in free text: those of its first users."""
 
@@ -244,8 +246,10 @@ def _written(path: Path) -> list[Written]:
             record = _mapping(json.loads(line), where)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg}); remake it by `userllm evaluate`") from error
-        user, prompt, target = (str(_get(record, key, where)) for key in ("user", "prompt", "target"))
-        texts = {key: str(text) for key, text in record.items() if key not in ("user", "prompt", "target")}
+        # a model may write characters that no page can show
+        shown = {key: _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)) for key, text in record.items()}
+        user, prompt, target = (_get(shown, key, where) for key in ("user", "prompt", "target"))
+        texts = {key: text for key, text in shown.items() if key not in ("user", "prompt", "target")}
         found.append(Written(user, prompt, target, texts))
     return found
 

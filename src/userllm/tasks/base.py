@@ -39,6 +39,8 @@ class TaskConfig:
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
     target: str = "text"
     """review: the event's text field that is to be written."""
+    rating: str = "rating"
+    """review: the event's field that says how much the user liked it; written texts are checked against it."""
     liked: float = 4.0
     """genre_preference: an item with at least this rating is liked (ours)."""
     share: float = 0.25
@@ -129,12 +131,12 @@ class FavoriteCategory(ClosedTask):
             )
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
-        values = sorted({v for row in lists for v in row if v is not None})
+        values = sorted({v for row in lists for v in row or () if v is not None})
         super().__init__(name, config, values)
         number = {value: i for i, value in enumerate(values)}
         self._has = np.zeros((len(lists), len(values)), dtype=np.int32)
         for row, names in enumerate(lists):
-            for value in names:
+            for value in names or ():
                 if value is not None:
                     self._has[row, number[value]] = 1
 

@@ -121,5 +121,5 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["data", "inspect", str(tmp_path / "d"), "--user", "u1"]) == 0
     said = capsys.readouterr().out
     assert "2 users, 2 items (2 with events), 5 events" in said
-    assert "reviews without a rating: 1 of 6 rows" in said
+    assert "6 read = 5 kept + 0 rejected + 1 filtered (1 by reviews without a rating)" in said
     assert "2016-04-20  rating 10  length 6  romper i1  [romper]" in said

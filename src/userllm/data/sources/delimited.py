@@ -79,7 +79,7 @@ def read_log(
     if has_header:
         blocks.header()
     for block in blocks:
-        if not block.strip():
+        if block.isspace():
             continue
         try:
             frame = pl.read_csv(

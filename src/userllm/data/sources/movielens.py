@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 
 import polars as pl
 
-from userllm.data.build import DatasetBuilder, Numbering
+from userllm.data.build import DatasetBuilder, block_of
+from userllm.data.numbering import Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
@@ -107,7 +108,7 @@ def prepare_movielens(
             items = with_descriptions(items, descriptions)
         fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
         with DatasetBuilder(out, fields, items=items, memory=memory) as builder:
-            for events in read_ratings(layout, ratings, items, movies.label, builder.users, memory // 64):
+            for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
                 builder.add_numbered(events)
             if builder.counts.read == 0:
                 raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")

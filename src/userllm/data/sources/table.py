@@ -15,8 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from userllm.data.build import REJECTS, CountFilters, DatasetBuilder, EventBatch, bytes_of
+from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, RowCounts, Source
+from userllm.data.count_filters import CountFilters
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.json_rows import json_rows, parquet_rows
@@ -61,7 +62,7 @@ def append_table(
 def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Dataset:
     files = find_files(config.path)
     memory = bytes_of(config.memory)
-    reader = TableReader(config, memory // 64)
+    reader = TableReader(config, block_of(memory))
     fields = [FieldSpec("item", "event", "single")]
     fields += [FieldSpec(column, "event", "single") for column, _ in config.number_columns()]
     fields += [FieldSpec(column, "event", "text") for column in config.text]

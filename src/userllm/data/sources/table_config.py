@@ -7,7 +7,8 @@ from typing import Literal
 
 import polars as pl
 
-from userllm.data.build import Repeated, bytes_of
+from userllm.data.build import bytes_of
+from userllm.data.count_filters import Repeated
 from userllm.data.sources.raw_files import Format
 from userllm.data.sources.values import TimeReader, numbers_of
 from userllm.errors import UserError
