@@ -125,13 +125,13 @@ def test_the_best_weights_are_kept_and_patience_ends(
     weights, live = {}, {}
     original = trainer_module.StageTrainer.__init__
 
-    def with_made_up_quality(self, model, args, batches, evaluator=None, rates=None):
+    def with_made_up_quality(self, model, args, batches, evaluator=None, rates=None, **settings):
         def evaluate():
             weights[self.state.global_step] = {n: w.clone() for n, w in model.state_dict().items()}
             return {"recall@10": quality[self.state.global_step]}
 
         live["trainer"] = self
-        original(self, model, args, batches, evaluate, rates)
+        original(self, model, args, batches, evaluate, rates, **settings)
 
     monkeypatch.setattr(trainer_module.StageTrainer, "__init__", with_made_up_quality)
     settings = {"patience": 2, "evaluate_every": 2 / 5, "batch": BatchConfig(events=40)}
