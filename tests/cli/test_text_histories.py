@@ -69,6 +69,18 @@ def test_a_run_with_text_histories(userllm, work):
     assert said.code == 0, said.err
 
 
+def test_a_run_that_asks_for_genres_alone(userllm, work):
+    genres = "tasks={genres: {kind: genre_preference, prompt: 'Which genres?'}}"
+    said = userllm("run", "config.yaml", *SETTINGS, "pretrain=null", genres, "name=genres", cwd=work)
+    assert said.code == 0, said.err
+    [entry] = json.loads((work / "runs/genres/metrics.json").read_text())["tasks"].values()
+    for system in ("user_llm", "user_llm_shuffled", "no_user", "majority", "every_label"):
+        assert 0 <= entry[system]["f1"]["low"] <= entry[system]["f1"]["high"] <= 1
+    assert entry["target"]["f1"]["value"] == 1 and entry["every_label"]["recall"]["value"] == 1
+    assert entry["labels"]["user_llm"]["Drama"]["support"] >= 1
+    assert (work / "runs/genres/report.html").exists()
+
+
 def test_a_store_of_another_encoder_is_refused(userllm, work):
     assert userllm("pretrain", "config.yaml", *SETTINGS, "name=other", cwd=work).code == 0
     write_sentence_encoder(work / "minute", seed=1)

@@ -45,5 +45,6 @@ def encoder_config_class(kind: object) -> type[EncoderConfig]:
 
 def config_of(encoder: UserEncoder) -> EncoderConfig | None:
     """The configuration that builds the encoder again; None for one of somebody's own."""
-    ours = AutoregressiveEncoder | DualEncoder | Bert4RecEncoder | TextEncoder
-    return encoder.config if isinstance(encoder, ours) else None
+    if isinstance(encoder, AutoregressiveEncoder | DualEncoder | Bert4RecEncoder | TextEncoder):
+        return encoder.config
+    return None

@@ -47,7 +47,7 @@ class LabelScores:
     def table(self, targets: Sequence[str], texts: Sequence[str]) -> dict[str, dict[str, float]]:
         """Per label its precision, recall, F1, and how many users have it (support) and were given it (named)."""
         true, named = self.read(targets)[0], self.read(texts)[0]
-        scores = precision_recall_fscore_support(true, named, average=None, zero_division=0)
+        scores: Any = precision_recall_fscore_support(true, named, average=None, zero_division=0)  # type: ignore[arg-type]
         return {
             label: {
                 **{name: float(values[n]) for name, values in zip(NAMES, scores, strict=False)},
@@ -72,7 +72,7 @@ def weighted_scores(
     true: np.ndarray, named: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Estimate]:
     """Weighted precision, recall and F1 of labels [n, L], with 95 % percentile intervals from resampled users."""
-    values = precision_recall_fscore_support(true, named, average="weighted", zero_division=0)[:3]
+    values: Any = precision_recall_fscore_support(true, named, average="weighted", zero_division=0)[:3]  # type: ignore[arg-type]
     rng = np.random.default_rng(seed)
     users = len(true)
     weights = rng.multinomial(users, np.full(users, 1 / users), size=resamples).astype(float)

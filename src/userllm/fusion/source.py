@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from userllm.errors import UserError
 from userllm.fusion.prefix import Prefix
-
-CacheKind = TypeVar("CacheKind", DynamicCache, EncoderDecoderCache)
 
 
 @dataclass
@@ -81,7 +79,7 @@ def new_cache(lm: PreTrainedModel) -> DynamicCache | EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(config=own), DynamicCache(config=own))
 
 
-def copied_cache(cache: CacheKind) -> CacheKind:
+def copied_cache(cache: Any) -> Any:
     """The same keys and values; to add to one of the two leaves the other as it is."""
     other = copy.copy(cache)
     if isinstance(other, EncoderDecoderCache):

@@ -19,7 +19,7 @@ from transformers import T5Config
 from userllm.errors import UserError
 
 if TYPE_CHECKING:
-    from onnx import GraphProto
+    from onnx import GraphProto  # type: ignore[import-not-found]
 
 _NODE = re.compile(r"/(?:enc|m/decoder)/(block\.\d+/layer\.\d+/\w+/\w+)/MatMul_quant")
 _FEED_FORWARD = "block.0.layer.1.DenseReluDense"
@@ -45,8 +45,8 @@ def convert_t5_onnx(encoder: Path, decoder: Path, tokenizer: Path, out_folder: P
 
 def _weights(file: Path, part: str) -> dict[str, torch.Tensor]:
     try:
-        import onnx
-        from onnx.numpy_helper import to_array
+        import onnx  # type: ignore[import-not-found]
+        from onnx.numpy_helper import to_array  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
             f"{file.name}: reading it takes the package onnx; pip install 'userllm[text]'"
@@ -93,19 +93,20 @@ def _config(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
               for part in ("encoder", "decoder")}  # fmt: skip
     gated = f"encoder.{_FEED_FORWARD}.wi_0.weight" in weights
     wo = weights[f"encoder.{_FEED_FORWARD}.wo.weight"]
-    settings = T5Config(
-        vocab_size=weights["shared.weight"].shape[0],
-        d_model=width,
-        d_kv=inner // heads,
-        d_ff=wo.shape[1],
-        num_layers=layers["encoder"],
-        num_decoder_layers=layers["decoder"],
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-        decoder_start_token_id=0,
-        tie_word_embeddings=False,
-    ).to_dict()
+    sizes: dict[str, Any] = {
+        "vocab_size": weights["shared.weight"].shape[0],
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": wo.shape[1],
+        "num_layers": layers["encoder"],
+        "num_decoder_layers": layers["decoder"],
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    settings = T5Config(**sizes).to_dict()
     return settings | {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
