@@ -71,9 +71,9 @@ def run_block(name: str, command: str) -> str | None:
             share = entry["user_llm"]["recall@10"]["value"] / entry["encoder"]["recall@10"]["value"]
             lines += ["", f"User-LLM's recall@10 is {share:.2f} of its own encoder's."]
             if weights := metrics.get("catalogue_weights"):
-                told = ", ".join(f"{one['encoder']:.2f} : {one['lm']:.2f}" for one in weights)
+                told = ", ".join(f"{weight:.2f}" for weight in weights)
                 lines += [
-                    "Where a title is written, its encoder's log-probability and the LM's logit are added up "
+                    "Where a title is written, its encoder's log-probability is added to the LM's logit "
                     f"(`fusion.catalogue`) with learned weights {told} (first token, second, ...)."
                 ]
         gains = entry["gain_nats"]

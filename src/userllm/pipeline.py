@@ -558,11 +558,10 @@ def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
 def _catalogue_note(model: UserLLM) -> list[str]:
     if model.catalogue is None:
         return []
-    said = [f"{one['encoder']:.2f} and {one['lm']:.2f}" for one in model.catalogue.weights()]
+    said = ", ".join(f"{weight:.2f}" for weight in model.catalogue.weights())
     return [
-        "where a title is written, the encoder's log-probability and the LM's logit count with weights "
-        + ", ".join(said)
-        + " (first token, second, ...; fusion.catalogue)"
+        "where a title is written, the encoder's log-probability is added to the LM's logit with weight "
+        f"{said} (first token, second, ...; fusion.catalogue)"
     ]
 
 

@@ -4,11 +4,12 @@ A frozen language model scores 1,632 different first tokens of MovieLens-1M's ti
 embedding says about thousands of items does not get through (docs/log.md). So where a title is being written, at node n
 of the tree of all titles, two opinions on its children are added up (log-linear interpolation, "shallow fusion"):
 
-    score(child | n, user) = a . LM's logit + b . log p(child | n, user) + c
+    score(child | n, user) = LM's logit + b . log p(child | n, user) + c
 
-p: the encoder's probability of the titles below the child, among those below n. a, b, c are learned, one of each for
-the first tokens of a title and one for all that follow; they begin at 1, 0, 0, so that the LM starts as itself, and say
-in the end how much of an answer is whose. Any other text or task is left alone, and so is a user without a history.
+p: the encoder's probability of the titles below the child, among those below n. b and c are learned, one of each for
+the first tokens of a title and one for all that follow; they begin at 0, so that the LM starts as itself. The LM always
+counts in full: given a weight of its own, learned too, it ended at .02, and the list was the encoder's (docs/log.md).
+Any other text or task is left alone, and so is a user without a history.
 """
 
 from __future__ import annotations
@@ -51,11 +52,10 @@ class LikelyItems:
 
 
 class CatalogueWeights(nn.Module):
-    """The learned weights a, b, c: see the module."""
+    """The learned weights b and c: see the module."""
 
     def __init__(self, config: CatalogueConfig):
         super().__init__()
-        self.lm = nn.Parameter(torch.ones(config.tokens))
         self.encoder = nn.Parameter(torch.zeros(config.tokens))
         self.offset = nn.Parameter(torch.zeros(config.tokens))
 
@@ -72,14 +72,11 @@ class CatalogueWeights(nn.Module):
 
         owners [Q]: which user; nodes [Q]; rows, children [C]: their flat list, as ``PrefixTree.children`` gives it.
         """
-        place = likely.masses.tree.depth[nodes].clamp_max(len(self.lm) - 1)[rows]
+        place = likely.masses.tree.depth[nodes].clamp_max(len(self.encoder) - 1)[rows]
         said = likely.masses.shares(owners, nodes, rows, children).clamp_min(LEAST).log().to(logits.dtype)
-        both = self.lm[place] * logits + self.encoder[place] * said + self.offset[place]
+        both = logits + self.encoder[place] * said + self.offset[place]
         return torch.where(likely.known[owners][rows], both, logits)
 
-    def weights(self) -> list[dict[str, float]]:
-        """a and b by place in the title."""
-        return [
-            {"lm": a, "encoder": b}
-            for a, b in zip(self.lm.detach().tolist(), self.encoder.detach().tolist(), strict=True)
-        ]
+    def weights(self) -> list[float]:
+        """b by place in the title."""
+        return self.encoder.detach().tolist()
