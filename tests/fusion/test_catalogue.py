@@ -50,9 +50,7 @@ def test_the_interpolation_against_a_loop():
         through = [n for n in below if titles[n][row] == int(tree.token[child])]
         share = sum(p[0, n] for n in through) / sum(p[0, n] for n in below)
         place = min(row, 1)
-        expected = (
-            logits[at] + weights.encoder[place] * share.log() + weights.offset[place]
-        )
+        expected = logits[at] + weights.encoder[place] * share.log() + weights.offset[place]
         torch.testing.assert_close(mine[at], expected)
 
 
