@@ -108,9 +108,9 @@ class ContextualLM(nn.Module):
             index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
-        first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # type: ignore[index]
+        some_text = tokenizer("a", add_special_tokens=True)["input_ids"]
+        first, last = some_text[:1], some_text[-1:]  # type: ignore[index]
         self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
-        last = tokenizer("a", add_special_tokens=True)["input_ids"][-1:]  # type: ignore[index]
         self._closing: list[int] = last if self.has_encoder and last == [tokenizer.eos_token_id] else []
         self.soft_prompt = None
         if fusion.kind == "soft_prompt":

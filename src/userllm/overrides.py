@@ -1,12 +1,23 @@
-"""``a.b=c``: one setting of a nested table."""
+"""Settings as people write them: a YAML file, and ``a.b=c`` for one setting of a nested table."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from userllm.errors import UserError
+
+
+def read_yaml(file: Path, called: str = "file") -> Any:
+    """What a YAML file says. Raises UserError where there is no such file, or it is no YAML."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: no such {called} ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def override(base: dict[str, Any], text: str) -> None:

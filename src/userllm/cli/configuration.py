@@ -9,13 +9,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from userllm.config import RunConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig, encoder_config_class
 from userllm.errors import UserError
-from userllm.overrides import override
+from userllm.overrides import override, read_yaml
 
 
 def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
@@ -65,12 +64,7 @@ def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        base = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: no such configuration file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    base = read_yaml(file, "configuration file")
     if base is None:
         return {}
     if not isinstance(base, dict):

@@ -94,14 +94,9 @@ def table_config(arguments: argparse.Namespace) -> TableConfig:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    import yaml
+    from userllm.overrides import read_yaml
 
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: no such file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())[:300]}") from error
+    settings = read_yaml(file)
     if not isinstance(settings, dict):
         raise UserError(
             f"{file}: a table's settings are names with values, see `userllm data prepare --help`"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from userllm.errors import UserError
@@ -25,6 +24,7 @@ from userllm.experiments.definition import Cell, Experiment, settings_hash
 from userllm.experiments.figures import length_figure, prompt_tokens, rows_figure
 from userllm.experiments.paper import paper_figure, paper_tables
 from userllm.report.figures import data_uri, save_png
+from userllm.report.html import page_template
 from userllm.report.markdown import escape
 
 METRICS = {"next_item": "recall@10", "favorite_genre": "recall@1"}
@@ -78,13 +78,6 @@ def write_experiment_report(
     (out / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         save_png(figure, out / "figures" / f"{page.stem}-{name}.png")
-    environment = Environment(
-        loader=PackageLoader("userllm", "experiments"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     images = {name: data_uri(figure) for name, figure in figures.items()}
     shown = {
         "experiment": experiment,
@@ -94,7 +87,7 @@ def write_experiment_report(
         "images": images,
         "captions": {name: _caption(name) for name in figures},
     }
-    page.write_text(environment.get_template("page.html.jinja").render(**shown), encoding="utf-8")
+    page.write_text(page_template("experiments").render(**shown), encoding="utf-8")
     page.with_suffix(".md").write_text(
         _markdown(experiment, scale, facts, tables, list(figures)), encoding="utf-8"
     )

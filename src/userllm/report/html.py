@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from userllm.report import figures, markdown, wording
@@ -33,17 +33,22 @@ def write_report(run: Path) -> Path:
     return page
 
 
-def render(run: RunRecord, drawn: dict[str, Figure]) -> str:
-    """The page as text. Everything a user or publisher wrote is escaped."""
+def page_template(package: str) -> Template:
+    """``page.html.jinja`` of ``userllm.<package>``. Everything a user or publisher wrote is escaped."""
     environment = Environment(
-        loader=PackageLoader("userllm", "report"),
+        loader=PackageLoader("userllm", package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template("page.html.jinja")
+
+
+def render(run: RunRecord, drawn: dict[str, Figure]) -> str:
+    """The page as text."""
     attended = figures.attended_example(run)
-    return environment.get_template("page.html.jinja").render(
+    return page_template("report").render(
         run=run,
         images={name: figures.data_uri(figure) for name, figure in drawn.items()},
         caption=figures.caption,
