@@ -117,10 +117,14 @@ def test_a_checkpoint_of_other_weights_is_refused(run_contextualize, interrupted
         run_contextualize(tmp_path / "contextualize", "enc")
 
 
+@pytest.mark.parametrize("select", [None, "recall@10", "log_likelihood"])
 def test_the_best_weights_are_kept_and_patience_ends(
-    run_pretrain, same_weights, tmp_path, monkeypatch, interrupted
+    run_pretrain, same_weights, tmp_path, monkeypatch, interrupted, select
 ):
     """Validation peaks at the second of its evaluations; with patience 2 the fourth is the last."""
+    chosen, other = (
+        ("log_likelihood", "recall@10") if select == "log_likelihood" else ("recall@10", "log_likelihood")
+    )
     quality = {2: 0.5, 4: 0.9, 6: 0.7, 8: 0.6, 10: 1.0}
     weights, live = {}, {}
     original = trainer_module.StageTrainer.__init__
@@ -128,13 +132,13 @@ def test_the_best_weights_are_kept_and_patience_ends(
     def with_made_up_quality(self, model, args, batches, evaluator=None, rates=None, **settings):
         def evaluate():
             weights[self.state.global_step] = {n: w.clone() for n, w in model.state_dict().items()}
-            return {"recall@10": quality[self.state.global_step]}
+            return {chosen: quality[self.state.global_step], other: self.state.global_step}
 
         live["trainer"] = self
         original(self, model, args, batches, evaluate, rates, **settings)
 
     monkeypatch.setattr(trainer_module.StageTrainer, "__init__", with_made_up_quality)
-    settings = {"patience": 2, "evaluate_every": 2 / 5, "batch": BatchConfig(events=40)}
+    settings = {"patience": 2, "evaluate_every": 2 / 5, "batch": BatchConfig(events=40), "select": select}
     best, history = run_pretrain(tmp_path / "whole" / "pretrain", **settings)
     assert [e["step"] for e in history if "eval_recall@10" in e] == [2, 4, 6, 8]
     assert live["trainer"].state.global_step == 8

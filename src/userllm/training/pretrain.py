@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.encoders import UserEncoder
+from userllm.errors import UserError
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
 from userllm.events import HistoryBatch
@@ -60,6 +61,10 @@ class PretrainConfig:
     """Users ranked at a validation, the same ones each time; all by None."""
     patience: int = 3
     """Validations without a better one before training stops."""
+    select: Literal["recall@10", "ndcg@10", "log_likelihood"] | None = None
+    """What makes a validation better than another (ours): of the next item, over the whole catalogue, seen items left
+    out. Recall is a share of users and moves by chance between epochs, the log-likelihood hardly does. null: recall@10
+    of an encoder that ranks items, the log-likelihood of any other."""
 
 
 class PretrainBatches(StepBatches):
@@ -140,12 +145,22 @@ def pretrain(
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
     trainer = StageTrainer(model, arguments, batches, validate, budget=budget)
     if every is not None:
-        metric = "eval_recall@10" if encoder.ranks_items else "eval_log_likelihood"
-        trainer.add_callback(KeepBest(model, folder, metric, config.patience))
+        trainer.add_callback(KeepBest(model, folder, f"eval_{_selected_by(config, encoder)}", config.patience))
     history = trainer.run()
     if (folder / "best.safetensors").exists():
         load_trainable(model, folder / "best.safetensors")
     return history
+
+
+def _selected_by(config: PretrainConfig, encoder: UserEncoder) -> str:
+    if config.select is None:
+        return "recall@10" if encoder.ranks_items else "log_likelihood"
+    if config.select != "log_likelihood" and not encoder.ranks_items:
+        raise UserError(
+            f"pretrain.select: this encoder cannot rank the catalogue, so it has no {config.select}; "
+            "use log_likelihood or leave it out"
+        )
+    return config.select
 
 
 def training_counts(stored: StoredHistories, split: Split, batch: int = 512) -> dict[str, Tensor]:
