@@ -48,6 +48,8 @@ def main() -> None:
         "split": run.split.describe(),
         "tie_rule": run.dataset.card.tie_rule,
         "pretrain_seconds": json.loads((run.folder / "stages.json").read_text())["pretrain"]["seconds"],
+        "layers": config.encoder.layers,
+        "width": config.encoder.width,
         "encoder": plain["encoder"],
         "pretrain": plain["pretrain"],
         "train_cpu_seconds": last[TRAIN_CPU],

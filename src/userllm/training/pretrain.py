@@ -145,7 +145,9 @@ def pretrain(
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
     trainer = StageTrainer(model, arguments, batches, validate, budget=budget)
     if every is not None:
-        trainer.add_callback(KeepBest(model, folder, f"eval_{_selected_by(config, encoder)}", config.patience))
+        trainer.add_callback(
+            KeepBest(model, folder, f"eval_{_selected_by(config, encoder)}", config.patience)
+        )
     history = trainer.run()
     if (folder / "best.safetensors").exists():
         load_trainable(model, folder / "best.safetensors")
