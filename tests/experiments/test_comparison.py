@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from userllm.experiments.cells import CellStore
-from userllm.experiments.comparison import decide, difference, mean, per_user
+from userllm.experiments.comparison import decide, difference, mean, per_user, ratio
 from userllm.experiments.definition import Claim, Side
 
 
@@ -46,6 +46,16 @@ def test_seeds_are_paired_and_averaged_by_user(make_cell):
     assert both is not None
     assert (both.n, both.estimate.value) == (2, 0.5)
     assert mean(values[0]).estimate.value == 0.75
+
+
+def test_a_ratio_is_of_means_over_the_users_that_both_answered_for(make_cell):
+    a = per_user([make_cell("a", [1, 0, 1, 1], users=[1, 2, 3, 9])], "next_item", "user_llm", "recall@10")
+    b = per_user([make_cell("b", [1, 1, 1], users=[1, 2, 3])], "next_item", "user_llm", "recall@10")
+    of = ratio(a, b)
+    assert of is not None
+    assert (of.n, of.estimate.value, of.estimate.high) == (3, pytest.approx(2 / 3), 1.0)
+    nothing = per_user([make_cell("c", [0, 0, 0], users=[1, 2, 3])], "next_item", "user_llm", "recall@10")
+    assert ratio(a, nothing) is None
 
 
 def claim(**told):

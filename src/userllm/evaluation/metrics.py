@@ -70,11 +70,7 @@ def paired_gain(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0
     >>> paired_gain([-6.0, -8.0, -7.0], [-6.5, -8.5, -7.5])
     Estimate(value=0.5, low=0.5, high=0.5)
     """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if first.shape != second.shape:
-        raise ValueError(
-            f"paired values must be of the same users, got shapes {first.shape} and {second.shape}"
-        )
+    first, second = _paired(a, b)
     return bootstrap_mean(first - second, resamples, seed)
 
 
@@ -118,8 +114,44 @@ def ranking_metrics(
     return dict(zip(per_user, _bootstrap(list(per_user.values()), resamples, seed), strict=True))
 
 
+def ratio_of_means(a: ArrayLike, b: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """mean(a) / mean(b) over users, both [n users] in one order, with an interval that resamples the pairs.
+
+    A resample in which b is nothing counts as no ratio and is left out. Raises ValueError where b's mean is 0.
+
+    >>> ratio_of_means([1.0, 1.0, 2.0], [2.0, 2.0, 4.0])
+    Estimate(value=0.5, low=0.5, high=0.5)
+    """
+    first, second = _paired(a, b)
+    over, under = _resampled_means([first, second], resamples, seed)
+    if second.mean() == 0:
+        raise ValueError("the mean below the line is 0")
+    return _estimate(float(first.mean() / second.mean()), over / np.where(under == 0, np.nan, under))
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"paired values must be of the same users, got shapes {first.shape} and {second.shape}"
+        )
+    return first, second
+
+
 def _bootstrap(columns: list[NDArray[np.float64]], resamples: int, seed: int) -> list[Estimate]:
     """Estimates of the columns' means, all from the same resampled users."""
+    means = _resampled_means(columns, resamples, seed)
+    return [_estimate(float(column.mean()), mean) for column, mean in zip(columns, means, strict=True)]
+
+
+def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def _resampled_means(columns: list[NDArray[np.float64]], resamples: int, seed: int) -> NDArray[np.float64]:
+    """Means of the columns, [columns, resamples], all from the same resampled users."""
     users = len(columns[0])
     if users == 0:
         raise ValueError("no users to average over")
@@ -133,9 +165,4 @@ def _bootstrap(columns: list[NDArray[np.float64]], resamples: int, seed: int) ->
         drawn = rng.integers(users, size=(stop - start, users), dtype=np.int32)
         for mean, column in zip(means, columns, strict=True):
             mean[start:stop] = column[drawn].mean(axis=1)
-    tail = (1 - CONFIDENCE) / 2
-    bounds = np.quantile(means, [tail, 1 - tail], axis=1)
-    return [
-        Estimate(float(column.mean()), float(low), float(high))
-        for column, low, high in zip(columns, *bounds, strict=True)
-    ]
+    return means

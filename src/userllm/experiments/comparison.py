@@ -8,7 +8,7 @@ from typing import Literal
 
 import polars as pl
 
-from userllm.evaluation.metrics import Estimate, bootstrap_mean, user_metrics
+from userllm.evaluation.metrics import Estimate, bootstrap_mean, ratio_of_means, user_metrics
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.definition import Claim, Side
 
@@ -67,6 +67,15 @@ def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     """a - b over the users that both have under the same seed; None without such users."""
     pairs = a.join(b, on=("user", "seed"), suffix="_b")
     return mean(pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value")))
+
+
+def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
+    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, or where b is 0."""
+    pairs = a.join(b, on=("user", "seed"), suffix="_b").group_by("user")
+    users = pairs.agg(pl.col("value").mean(), pl.col("value_b").mean()).sort("user")
+    if users.is_empty() or users["value_b"].sum() == 0:
+        return None
+    return Measured(len(users), ratio_of_means(users["value"].to_numpy(), users["value_b"].to_numpy()))
 
 
 def _lowest(between: Measured) -> float:

@@ -19,6 +19,7 @@ from userllm.experiments.comparison import (
     difference,
     mean,
     per_user,
+    ratio,
 )
 from userllm.experiments.definition import Cell, Experiment, settings_hash
 from userllm.experiments.figures import length_figure, prompt_tokens, rows_figure
@@ -181,7 +182,8 @@ def _results(experiment: Experiment, task: str, cells: dict[str, list[FinishedCe
     reference = cells.get(experiment.reference, [])
     table = Table(
         TASKS.get(task, task),
-        f"{metric} with its 95 % interval; differences to the reference on the same users.",
+        f"{metric} with its 95 % interval; differences to the reference and shares of what the row's own encoder "
+        "reaches by itself, both on the same users.",
         [
             "Row",
             "users",
@@ -190,6 +192,7 @@ def _results(experiment: Experiment, task: str, cells: dict[str, list[FinishedCe
             "nats to the reference",
             "pairs",
             "its encoder alone",
+            "of its encoder's",
             "paper",
         ],
     )
@@ -201,6 +204,7 @@ def _results(experiment: Experiment, task: str, cells: dict[str, list[FinishedCe
             is_reference = cell.name == experiment.reference
             against = None if is_reference else difference(own[metric], base[metric])
             nats = None if is_reference else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
+            alone = per_user(cells[cell.name], task, "encoder", metric)
             table.rows.append(
                 [
                     f"{group}: {cell.label}",
@@ -209,7 +213,8 @@ def _results(experiment: Experiment, task: str, cells: dict[str, list[FinishedCe
                     _gain(against),
                     _gain(nats),
                     str(against.n) if against else "–",
-                    _value(mean(per_user(cells[cell.name], task, "encoder", metric))),
+                    _value(mean(alone)),
+                    _value(ratio(own[metric], alone)),
                     _paper(cell, task),
                 ]
             )
