@@ -10,10 +10,10 @@ The cost of its training stands beside it: CPU seconds without the validations, 
 from __future__ import annotations
 
 import json
-import os
 import time
+from typing import Any
 
-from measure import argument_parser
+from measure import argument_parser, write_json
 from userllm.cli.configuration import load_config
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
@@ -22,25 +22,22 @@ from userllm.training.pretrain import PretrainBatches
 from userllm.training.trainer import TRAIN_CPU
 
 
-def main() -> None:
-    """See the module."""
-    parser = argument_parser(__doc__, "docs/results/movielens-1m")
-    parser.add_argument("--name", default="encoder", help="of the result file")
-    args = parser.parse_args()
-    config, plain = load_config(args.config, args.overrides)
-    run = Run(config, plain)
+def measure(run: Run) -> dict[str, Any]:
+    """Stage 1 of a run, done if it is missing: test metrics of its encoder, and what the training cost."""
+    config = run.config
+    assert config.pretrain is not None
     run.through("pretrain")
     encoder = run.load_encoder()
     rows = run.split.examples("test", encoder.max_length)
     ranks, _ = encoder_ranks(encoder, run.stored, run.dataset, rows, exclude_seen=True)
     history = json.loads((run.folder / "pretrain" / "log_history.json").read_text())
-    assert config.pretrain is not None
     batches = PretrainBatches(run.stored, run.split, encoder.max_length, config.pretrain, config.seed)
-    events = int((batches.sampler.sequences.rows[:, 2] - batches.sampler.sequences.rows[:, 1] - 1).sum())
+    chunks = batches.sampler.sequences.rows
+    events = int((chunks[:, 2] - chunks[:, 1] - 1).sum())
     validation = [entry for entry in history if TRAIN_CPU in entry]
     last = validation[-1]
     epochs = last["step"] / batches.per_epoch
-    result = {
+    return {
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
@@ -50,8 +47,8 @@ def main() -> None:
         "pretrain_seconds": json.loads((run.folder / "stages.json").read_text())["pretrain"]["seconds"],
         "layers": config.encoder.layers,
         "width": config.encoder.width,
-        "encoder": plain["encoder"],
-        "pretrain": plain["pretrain"],
+        "encoder": run.plain["encoder"],
+        "pretrain": run.plain["pretrain"],
         "train_cpu_seconds": last[TRAIN_CPU],
         "epochs": epochs,
         "target_events_per_epoch": events,
@@ -59,10 +56,16 @@ def main() -> None:
         "validation": validation,
         **{name: estimate.as_dict() for name, estimate in ranking_metrics(ranks).items()},
     }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argument_parser(__doc__, "docs/results/movielens-1m")
+    parser.add_argument("--name", default="encoder", help="of the result file")
+    args = parser.parse_args()
+    result = measure(Run(*load_config(args.config, args.overrides)))
     args.out.mkdir(parents=True, exist_ok=True)
-    partial = args.out / f".{args.name}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, args.out / f"{args.name}.json")
+    write_json(args.out / f"{args.name}.json", result)
     told = ("recall@1", "recall@10", "ndcg@10", "n", "train_cpu_seconds", "target_events_a_cpu_second")
     print({name: result[name] for name in told})
 

@@ -57,7 +57,12 @@ def write_result(name: str, result: dict[str, Any], out: Path) -> None:
         "hardware": hardware(),
     } | result
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{name}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, out / f"{name}.json")
+    write_json(out / f"{name}.json", result)
     print(json.dumps(result, indent=1))
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result file, atomically."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, file)
