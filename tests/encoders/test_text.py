@@ -74,15 +74,19 @@ def test_against_a_reference(make, described, vocabulary, histories):
     embeddings, mask = encoder(histories)
     assert torch.equal(mask, histories.mask)
     texts = encoder.config.texts(described, vocabulary)
+    centre, spread = {}, {}
+    for part, column in texts.items():
+        known = torch.from_numpy(encode([text for text in column if text is not None])).half().float()
+        centre[part] = known.mean(0)
+        spread[part] = (known - centre[part]).pow(2).mean().sqrt()
     for b in range(3):
         rows = []
         for s in range(int(histories.lengths[b])):
             parts = []
             for part, field in (("title", "item"), ("rating", "rating"), ("description", "item")):
                 text = texts[part][int(histories.fields[field][b, s])]
-                stored = nn.functional.layer_norm(
-                    torch.from_numpy(encode([text or ""])[0]).half().float(), (6,)
-                )
+                stored = torch.from_numpy(encode([text or ""])[0]).half().float()
+                stored = (stored - centre[part]) / spread[part]
                 parts.append(encoder.missing[part] if text is None else stored)
             rows.append(encoder.fuse(torch.cat(parts)) + encoder.positions.weight[s])
         if not rows:
@@ -155,6 +159,19 @@ def test_an_unseen_catalogue_is_a_new_table(make, catalogue, vocabulary, stored)
     moved = UserHistory([Event("z", 1, {"rating": 4.0}), Event("x", 2, {"rating": 1.0})])
     after, _ = there(HistoryCollator(other, new).from_histories([moved])[0])
     torch.testing.assert_close(before, after)
+    assert torch.equal(there.centre_title, encoder.centre_title)
+    there.use(there.store, there.texts)  # a catalogue read later moves nothing
+    assert torch.equal(there.centre_title, encoder.centre_title)
+
+
+@torch.no_grad()
+def test_what_all_texts_have_in_common_is_taken_away(make, described, vocabulary):
+    """Sentence embeddings around one far point: the encoder sees how they differ."""
+    encoder = make(parts=["title"])
+    ids = torch.arange(2, 2 + len(described))
+    vectors = encoder._sentences("title", ids)
+    torch.testing.assert_close(vectors.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors.square().mean(), torch.ones(()), atol=1e-4, rtol=0)
 
 
 def test_the_table_is_no_weight(make):

@@ -9,10 +9,10 @@ The weights know nothing of any catalogue: ``use`` takes a table for another one
 like all others.
 
 Where we differ from the paper or fill in what it leaves out ("ours"): attention is causal by default, so that one pass
-serves every prefix of a history; learned positions; sentence embeddings are brought to variance 1 (of length 1 they are
-so small that positions and layers drown them); the projection to the language model's width is the fusion's, and
-3s goes to the Transformer's width before it; a text that is missing has a learned vector; an optional stage 1, the next
-item by inner products with the catalogue's own sentence embeddings.
+serves every prefix of a history; learned positions; sentence embeddings are standardised, each part by the mean and
+variance over the catalogue the encoder is trained on (as they come they are almost alike, and so small that positions
+and layers drown what tells them apart); the projection to the language model's width is the fusion's, and 3s goes to
+the Transformer's width before it; a text that is missing has a learned vector; an optional stage 1, the next item by inner products with the catalogue's own sentence embeddings.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ from userllm.encoders.features import FieldShape
 from userllm.encoders.transformer import Transformer
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+
+_SMALLEST_SPREAD = 1e-3
+"""A part whose texts are all alike would be divided by nothing."""
 
 Part = Literal["title", "rating", "description"]
 Texts = Mapping[str, Sequence[str | None]]
@@ -149,6 +152,9 @@ class TextEncoder(UserEncoder):
         self.config = config
         self.width, self.max_length, self.causal = config.width, config.max_length, config.causal
         s = config.sentence_width
+        for part in config.parts:  # of the catalogue of the training; a spread of 0: none was read yet
+            self.register_buffer(f"centre_{part}", torch.zeros(s))
+            self.register_buffer(f"spread_{part}", torch.zeros(()))
         self.missing = nn.ParameterDict({part: nn.Parameter(torch.randn(s)) for part in config.parts})
         self.fuse = nn.Linear(len(config.parts) * s, config.width)
         self.positions = nn.Embedding(config.max_length, config.width)
@@ -169,6 +175,7 @@ class TextEncoder(UserEncoder):
     def use(self, store: TextStore, texts: Texts) -> None:
         """Read these texts: by part, one per vocabulary id; they must be in the store.
 
+        The first catalogue's mean and spread stay with the encoder: the same text is the same input in every other.
         Raises UserError where the store's vectors have another width.
         """
         if store.encoder.width != self.config.sentence_width:
@@ -179,7 +186,14 @@ class TextEncoder(UserEncoder):
         device = self.fuse.weight.device
         self.vectors = torch.from_numpy(np.asarray(store.vectors)).to(device)
         for part in self.config.parts:
-            setattr(self, f"rows_{part}", torch.from_numpy(store.rows(texts[part])).to(device))
+            rows = torch.from_numpy(store.rows(texts[part])).to(device)
+            setattr(self, f"rows_{part}", rows)
+            spread: Tensor = getattr(self, f"spread_{part}")
+            if spread == 0 and (rows >= 0).any():
+                vectors = self.vectors[rows[rows >= 0]].float()
+                centre = vectors.mean(0)
+                getattr(self, f"centre_{part}").copy_(centre)
+                spread.copy_((vectors - centre).square().mean().sqrt().clamp_min(_SMALLEST_SPREAD))
 
     def save_texts(self, folder: Path) -> None:
         """A store of what this encoder reads, so that it can be used elsewhere."""
@@ -208,8 +222,10 @@ class TextEncoder(UserEncoder):
             raise RuntimeError("this encoder has no texts yet: call use(store, texts)")
         place = rows[ids]
         missing = self.missing[part]
-        found = self.vectors[place.clamp_min(0)] if len(self.vectors) else missing
-        found = F.layer_norm(found.to(missing.dtype), missing.shape)
+        if not len(self.vectors):
+            return missing.expand(*ids.shape, -1)
+        found = self.vectors[place.clamp_min(0)].to(missing.dtype) - getattr(self, f"centre_{part}")
+        found = found / getattr(self, f"spread_{part}").clamp_min(_SMALLEST_SPREAD)
         return torch.where((place >= 0)[..., None], found, missing)
 
     def _catalogue(self) -> Tensor:
