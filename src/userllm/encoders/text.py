@@ -12,7 +12,8 @@ Where we differ from the paper or fill in what it leaves out ("ours"): attention
 serves every prefix of a history; learned positions; sentence embeddings are standardised, each part by the mean and
 variance over the catalogue the encoder is trained on (as they come they are almost alike, and so small that positions
 and layers drown what tells them apart); the projection to the language model's width is the fusion's, and 3s goes to
-the Transformer's width before it; a text that is missing has a learned vector; an optional stage 1, the next item by inner products with the catalogue's own sentence embeddings.
+the Transformer's width before it; a text that is missing has a learned vector; an optional stage 1, the next item by
+inner products with the catalogue's own sentence embeddings.
 """
 
 from __future__ import annotations
