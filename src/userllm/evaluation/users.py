@@ -42,10 +42,8 @@ class EvaluationConfig:
     part: Literal["test", "validation"] = "test"
     """Part of the split."""
     users: int | None = None
-    """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N."""
-    among: int | None = None
-    """Draw ``users`` from a sample of this size, itself drawn by the seed: runs that differ in ``users`` alone then
-    answer for some of the same users and can be compared pair by pair; null: from all."""
+    """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N. A smaller sample
+    lies inside every larger one of the same seed, so that runs of different cost can be compared pair by pair."""
     other_user: bool = True
     """Whether the model is also asked with somebody else's history. It doubles the time."""
     list_length: int = 20
@@ -81,10 +79,9 @@ class EvaluatedUsers:
         """Raises UserError where there are not two users."""
         rows = split.examples(config.part, max_length=max_length)
         available = len(rows)
-        for size in (config.among, config.users):
-            if size is not None and size < len(rows):
-                rng = np.random.default_rng([seed, 11])
-                rows = rows[np.sort(rng.choice(len(rows), size, replace=False))]
+        if config.users is not None:
+            order = np.random.default_rng([seed, 11]).permutation(len(rows))
+            rows = rows[np.sort(order[: config.users])]
         if len(rows) < 2:
             raise UserError(
                 f"evaluation: {len(rows)} user in the {config.part} part; it takes at least two users"
