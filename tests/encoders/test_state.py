@@ -59,7 +59,11 @@ def test_company_and_padding_do_not_matter(encoder, stored):
     _, state = encoder.extend(None, stored.batch(pasts))
     apart = [encoder.extend(None, stored.batch([row]))[1] for row in pasts]
     new = stored.batch([(user, stop, end) for (user, _, stop), end in zip(pasts, ends, strict=True)])
-    for states in (state, EncoderState.together(apart), EncoderState.together([state.of(n) for n in range(4)])):
+    for states in (
+        state,
+        EncoderState.together(apart),
+        EncoderState.together([state.of(n) for n in range(4)]),
+    ):
         embeddings, after = encoder.extend(states, new)
         assert after.lengths.tolist() == ends
         for place, (user, _, stop) in enumerate(pasts):

@@ -64,9 +64,7 @@ class Block(nn.Module):
                 x = norm(x + F.dropout(f(x), self.dropout, self.training))
         return x
 
-    def _attend(
-        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, past: Past | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, past: Past | None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)

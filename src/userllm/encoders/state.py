@@ -41,6 +41,14 @@ class EncoderState:
             self.lengths[own].clone(),
         )
 
+    def to(self, like: Tensor) -> EncoderState:
+        """On the device, and of the floating point type, of another tensor."""
+        return EncoderState(
+            [(k.to(like), v.to(like)) for k, v in self.keys_values],
+            self.times.to(like.device),
+            self.lengths.to(like.device),
+        )
+
     @classmethod
     def together(cls, states: list[EncoderState]) -> EncoderState:
         """Several users' states as one, padded on the right."""
