@@ -70,9 +70,7 @@ def test_remembered_is_as_read(make_user_llm, make_encoder, three, kind, way):
 def test_with_keys_and_values_the_user_is_not_projected_again(
     make_user_llm, make_encoder, three, kind, way, monkeypatch
 ):
-    model = make_user_llm(
-        encoder=make_encoder(kind.split(",")[0], max_length=8, **KINDS[kind]), **WAYS[way]
-    )
+    model = make_user_llm(encoder=make_encoder(kind.split(",")[0], max_length=8, **KINDS[kind]), **WAYS[way])
     records = [model.remember(history, keys_values=True, state=kind != "dual") for history in three]
     same_answers(model, records, three)
     for block in model.attachment.blocks.values():

@@ -14,6 +14,7 @@ from typing import NoReturn
 from userllm.cli import (
     contextualize,
     data,
+    embed,
     evaluate,
     experiments,
     generate,
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         report,
         experiments,
+        embed,
         recommend,
         score,
         generate,

@@ -162,8 +162,7 @@ class DatasetUsers:
 
 
 def embed(
-    side: UserSide,
-    dataset: Dataset,
+    source: DatasetUsers,
     store: UserStore,
     users: Sequence[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -173,9 +172,9 @@ def embed(
     Who is there with the same events stays as it is; who has new ones is continued from what the store keeps of the
     encoder, where it keeps that and the encoder can; everybody else is computed from the whole history. progress:
     called with the users looked at and their number, after each block. Raises UserError for a user who is not in the
-    dataset, or as ``DatasetUsers`` does.
+    dataset.
     """
-    source = DatasetUsers(side, dataset)
+    dataset = source.dataset
     numbers = range(dataset.num_users) if users is None else [dataset.user_index(user) for user in users]
     numbers = list(dict.fromkeys(numbers))
     told = Embedded(asked=len(numbers))
@@ -190,6 +189,17 @@ def embed(
         store.card = replace(store.card, fingerprint=dataset.card.fingerprint)
         store.write_card()
     return told
+
+
+def check_current(store: UserStore, user: str, side: UserSide, dataset: Dataset) -> None:
+    """Raise UserError where a store's record of a user is not of the events that the dataset has of them."""
+    events = int(store.column(user, "events"))
+    number = dataset.user_index(user)
+    if bytes(store.column(user, "digest").tolist()) != EventDigests(dataset, event_fields(side)).of(number):
+        raise UserError(
+            f"{store.folder}: was made of {events} events of user {user}, {dataset.folder} has others "
+            f"({int(dataset.lengths[number])}); bring the store up to date with `userllm embed`"
+        )
 
 
 def _blocks(source: DatasetUsers, users: Sequence[int], store: UserStore) -> Iterator[list[int]]:

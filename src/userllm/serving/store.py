@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,9 @@ from userllm.errors import UserError
 from userllm.fusion.attach import UserContext
 from userllm.serving.record import Kept, UserRecord, context_of
 from userllm.serving.user_side import UserSide
+
+if TYPE_CHECKING:
+    from userllm.model import UserLLM
 
 FORMAT_VERSION = 1
 AGAIN = "run `userllm embed` again"
@@ -90,7 +93,7 @@ class UserStore:
             store.write_card()
             return store
         store = cls.read(folder)
-        store._check_model(card.model)
+        store.check(card.model)
         for name in ("dataset", "dtype", "keys_values", "state"):
             have, asked = getattr(store.card, name), getattr(card, name)
             if have != asked:
@@ -102,8 +105,8 @@ class UserStore:
         return store
 
     @classmethod
-    def read(cls, folder: Path | str, side: UserSide | None = None) -> UserStore:
-        """The store in a folder. side: the model that will answer. Raises UserError where another one made it."""
+    def read(cls, folder: Path | str, model: UserLLM | None = None) -> UserStore:
+        """The store in a folder. model: which will answer. Raises UserError where another one made the store."""
         file = Path(folder) / "card.json"
         try:
             raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -116,11 +119,12 @@ class UserStore:
                 f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}; {AGAIN}"
             )
         store = cls(Path(folder), card)
-        if side is not None:
-            store._check_model(side.version())
+        if model is not None:
+            store.check(UserSide.of(model).version())
         return store
 
-    def _check_model(self, model: dict[str, str]) -> None:
+    def check(self, model: dict[str, str]) -> None:
+        """Raise UserError, naming the part, where another model than this ``UserSide.version`` made the store."""
         for part in dict.fromkeys([*self.card.model, *model]):
             made, here = self.card.model.get(part, "none"), model.get(part, "none")
             if made != here:
@@ -165,8 +169,8 @@ class UserStore:
             raise UserError(f"{self.folder}: no user {user!r}{example}") from error
         return self._blocks[file].columns(row, only)
 
-    def context(self, users: Sequence[str], model: Any) -> UserContext:
-        """What a ``UserLLM`` is conditioned on to answer for these users."""
+    def context(self, users: Sequence[str], model: UserLLM) -> UserContext:
+        """What ``model.conditioned`` takes, of these users."""
         return context_of(model, [self[user] for user in users])
 
     def put(self, records: Sequence[UserRecord]) -> None:
