@@ -9,7 +9,6 @@ and values of four layers). The encoders have random weights: the cost does not 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from userllm.fusion.cross_attention import CrossAttentionBlock
 from userllm.fusion.projection import UserTokens
 from userllm.model import encoder_for
 from userllm.pipeline import Run
-from userllm.serving.record import Kept, UserRecord, extend, remember
+from userllm.serving.record import Kept, UserRecord, extend, remember, tokens_of
 from userllm.serving.user_side import UserSide
 
 ENCODERS = {
@@ -31,16 +30,18 @@ ENCODERS = {
     "6 x 128, learned positions (paper)": {},
     "6 x 128, rotary positions": {"positions": "rotary"},
 }
+ADDED = 64
+"""New events, one after the other; within so many a state has to be moved to a larger place once."""
 LM_WIDTH, FUSED = 576, 4
 """Of the language model whose cross-attention's keys and values are kept: SmolLM2-135M, its last four layers."""
 
 
 class Way:
-    """One encoder and one user: their record after ``events`` events, and two ways to the next one."""
+    """One encoder and one user: their record after ``events`` events, and two ways to those that follow."""
 
     def __init__(self, stored: StoredHistories, user: int, events: int, encoder: dict, keys_values: bool):
         torch.manual_seed(0)
-        settings = {"dropout": 0.0, "max_length": events + 24} | encoder
+        settings = {"dropout": 0.0, "max_length": events + ADDED + 1} | encoder
         built = encoder_for(stored.collator.vocabulary, AutoregressiveConfig(**settings)).eval()
         fusion = FusionConfig()
         tokens = UserTokens.of(fusion, built.width)
@@ -48,28 +49,37 @@ class Way:
         self.side = UserSide(built, tokens, blocks, fusion, stored.collator, {})
         self.stored, self.user, self.events = stored, user, events
         self.keep = Kept(keys_values, True)
-        self.seen = torch.from_numpy(np.unique(stored.items[: events + 1]).astype(np.int64))
+        items = stored.items[stored.offsets[user] :][: events + ADDED]
+        self.seen = torch.from_numpy(np.unique(items).astype(np.int64))
         self.before = self.whole(events)
 
-    def whole(self, events: int) -> UserRecord:
+    def whole(self, events: int, state: bool = True) -> UserRecord:
         """The record from the first ``events`` events."""
         batch = self.stored.batch([(self.user, 0, events)])
-        return remember(self.side, batch, [events], [self.seen], self.keep)[0]
+        keep = Kept(self.keep.keys_values, state)
+        record = remember(self.side, batch, [events], [self.seen], keep)[0]
+        tokens_of(self.side.user_tokens, [record])
+        return record
 
-    def updated(self) -> UserRecord:
-        """The record from the one before and one event more."""
-        batch = self.stored.batch([(self.user, self.events, self.events + 1)])
-        return extend(self.side, [self.before], batch, [self.seen[-1:]], self.keep)[0]
+    def one_by_one(self) -> UserRecord:
+        """``ADDED`` new events, after each of which the record is what it has to be."""
+        record = self.before
+        for _ in range(ADDED):
+            batch = self.stored.batch([(self.user, record.events, record.events + 1)])
+            record = extend(self.side, [record], batch, [self.seen[-1:]], self.keep)[0]
+            tokens_of(self.side.user_tokens, [record])
+        return record
 
-    def times(self, what: Callable[[], object], count: int) -> Callable[[], float]:
-        """``what`` so many times over: what ``alternate`` takes."""
+    def update(self) -> float:
+        """How many updates were made."""
+        self.one_by_one()
+        return ADDED
 
-        def run() -> float:
-            for _ in range(count):
-                what()
-            return count
-
-        return run
+    def recompute(self) -> float:
+        """How many times the record was computed anew, as cheaply as that can be: without a state."""
+        for _ in range(3):
+            self.whole(self.events + 1, state=False)
+        return 3
 
 
 def main() -> None:
@@ -81,20 +91,14 @@ def main() -> None:
     run = Run(*load_config(args.config, ["name=benchmark", *args.overrides]))
     run.through("data")
     lengths = run.dataset.lengths
-    user = int(np.flatnonzero(lengths > args.events)[0])
+    user = int(np.flatnonzero(lengths > args.events + ADDED)[0])
     rows = {}
     for name, encoder in ENCODERS.items():
         for keys_values in (False, True):
             way = Way(run.stored, user, args.events, encoder, keys_values)
             print(f"{name}{', with keys and values' if keys_values else ''}")
-            rates = alternate(
-                {
-                    "update": way.times(way.updated, 50),
-                    "recompute": way.times(lambda way=way: way.whole(args.events + 1), 3),
-                },
-                args.rounds,
-            )
-            updated, anew = way.updated(), way.whole(args.events + 1)
+            rates = alternate({"update": way.update, "recompute": way.recompute}, args.rounds)
+            updated, anew = way.one_by_one(), way.whole(args.events + ADDED)
             state = way.before.state
             assert state is not None
             rows[f"{name}{', keys and values' if keys_values else ''}"] = {
@@ -102,9 +106,15 @@ def main() -> None:
                 "recompute_ms": 1e3 / statistics.median(rates["recompute"]),
                 "update_over_recompute": ratio(rates, "recompute", "update"),
                 "largest_difference": float((updated.embeddings - anew.embeddings).abs().max()),
-                "state_mb": sum(k.nbytes + v.nbytes for k, v in state.keys_values) / 1e6,
+                "state_mb": state.kept.nbytes / 1e6,
             }
-    result = {"events": args.events, "weights": "random", "dataset": run.dataset.card.name, "rows": rows}
+    result = {
+        "events": args.events,
+        "added": ADDED,
+        "weights": "random",
+        "dataset": run.dataset.card.name,
+        "rows": rows,
+    }
     write_result("update", result, args.out)
 
 

@@ -54,7 +54,9 @@ def test_a_store_that_does_not_fit(userllm, store, finished, tmp_path):
     assert "not the card of a store" in userllm(*ask[:3], tmp_path, "--user", "6").error
     (tmp_path / "history.json").write_text("[]")
     assert "--store goes with --user" in userllm(*ask, "--history", tmp_path / "history.json").error
-    assert "this store's keys_values is True, not False" in userllm("embed", "runs/demo", "--out", store).error
+    assert (
+        "this store's keys_values is True, not False" in userllm("embed", "runs/demo", "--out", store).error
+    )
     assert (
         "--every-event says what --export writes"
         in userllm("embed", "runs/demo", "--out", store, "--every-event").error

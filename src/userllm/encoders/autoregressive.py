@@ -22,7 +22,7 @@ from userllm.encoders.base import UserEncoder
 from userllm.encoders.blocks import Block, RelativeTimeBias, rotations, time_apart
 from userllm.encoders.features import RESERVED, FieldShape, FieldTables
 from userllm.encoders.item_loss import ItemLoss
-from userllm.encoders.state import EncoderState, Past
+from userllm.encoders.state import EncoderState, Reading
 from userllm.errors import UserError
 from userllm.events import UNKNOWN_TIME, HistoryBatch
 
@@ -169,31 +169,30 @@ class AutoregressiveEncoder(UserEncoder):
             apart = time_apart(_times(batch))
         return self._through_blocks(x, rotation, apart), batch.mask
 
+    @torch.no_grad()
     def extend(self, state: EncoderState | None, batch: HistoryBatch) -> tuple[Tensor, EncoderState]:
         """See ``UserEncoder``. Raises ValueError where a history grows past ``max_length``."""
         if self.not_extended is not None:
             raise UserError(f"a history cannot be continued: {self.not_extended}")
         known = self.config.positions == "relative_time" or batch.times is not None
         times = _times(batch) if known else torch.full_like(batch.mask, UNKNOWN_TIME, dtype=torch.long)
-        past = Past(state, times, batch.lengths)
-        if (longest := int(past.lengths.max())) > self.config.max_length:
-            raise ValueError(f"{longest} events in all, the encoder sees {self.config.max_length} at most")
+        reading = Reading(state, times, batch.mask, self.config.max_length)
         x, rotation, apart = self.features(batch.fields), None, None
         if self.positions is not None:
-            x = x + self.positions(past.places)
+            x = x + self.positions(reading.places)
         elif self.config.positions == "rotary":
-            turns = rotations(past.distance.shape[2], self.config.width // self.config.heads, x.device)
-            rotation = turns[:, past.places][:, :, None]
+            turns = rotations(reading.times.shape[1], self.config.width // self.config.heads, x.device)
+            rotation = turns[:, reading.places][:, :, None]
         else:
-            apart = time_apart(times, past.times)
-        return self._through_blocks(x, rotation, apart, past), past.after()
+            apart = time_apart(times, reading.times)
+        return self._through_blocks(x, rotation, apart, reading), reading.after()
 
     def _through_blocks(
-        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, past: Past | None = None
+        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, reading: Reading | None = None
     ) -> Tensor:
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, rotation, apart, past)
+            x = block(x, rotation, apart, reading)
         return self.norm(x)
 
     def item_scores(self, embeddings: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from userllm.encoders.state import Past
+from userllm.encoders.state import Reading
 from userllm.events import UNKNOWN_TIME
 
 TIME_BUCKETS = 64
@@ -48,14 +48,14 @@ class Block(nn.Module):
         x: Tensor,
         rotation: Tensor | None = None,
         apart: Tensor | None = None,
-        past: Past | None = None,
+        reading: Reading | None = None,
     ) -> Tensor:
         """[B, S, U] -> [B, S, U]. rotation: see ``rotations``; apart: see ``time_apart``, for a block with a bias.
 
-        past: the events go on from earlier ones, see ``Past``; ``apart`` is then [B, S, past and new].
+        reading: the events may go on from earlier ones, see ``Reading``; ``apart`` is then [B, S, past and new].
         """
         for f, norm in (
-            (lambda x: self._attend(x, rotation, apart, past), self.attention_norm),
+            (lambda x: self._attend(x, rotation, apart, reading), self.attention_norm),
             (self._feed, self.feed_forward_norm),
         ):
             if self.norm == "pre":
@@ -64,20 +64,22 @@ class Block(nn.Module):
                 x = norm(x + F.dropout(f(x), self.dropout, self.training))
         return x
 
-    def _attend(self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, past: Past | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, reading: Reading | None
+    ) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        mask = None
-        if past is not None:
-            k, v = past.join(k, v)
-            mask = past.allowed[:, None]
+        mask, causal, distance = None, True, None
+        if reading is not None:
+            k, v = reading.join(k, v)
+            mask, causal, distance = reading.mask, reading.causal, reading.distance
         if self.bias is not None:
             assert apart is not None
-            mask = self.bias(apart, None if past is None else past.distance)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            mask, causal = self.bias(apart, distance), False
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def _feed(self, x: Tensor) -> Tensor:

@@ -80,9 +80,10 @@ class UserRecord:
         if self.keys_values is not None:
             columns["keys_values"] = self.keys_values
         if self.state is not None:
-            both = [torch.stack([k[0], v[0]]) for k, v in self.state.keys_values]
-            columns["state"] = torch.stack(both).permute(3, 0, 1, 2, 4)  # [S, blocks, 2, heads, head width]
-            columns["times"] = self.state.times[0]
+            length = int(self.state.lengths)
+            kept = self.state.kept[:, :, 0, :, :length]
+            columns["state"] = kept.permute(3, 0, 1, 2, 4)  # [S, blocks, 2, heads, head width]
+            columns["times"] = self.state.times[0, :length]
         return columns
 
     @classmethod
@@ -91,9 +92,9 @@ class UserRecord:
         values = {name: c.float() if c.is_floating_point() else c for name, c in columns.items()}
         state, scores = None, values.get("scores")
         if "state" in values and len(values["times"]) == int(values["events"]):  # no rows: none was kept
-            blocks = values["state"].permute(1, 2, 3, 0, 4)
+            kept = values["state"].permute(1, 2, 3, 0, 4)[:, :, None]
             length = torch.tensor([len(values["times"])])
-            state = EncoderState([(k[None], v[None]) for k, v in blocks], values["times"][None], length)
+            state = EncoderState.of_histories(kept, values["times"][None], length)
         return cls(
             events=int(values["events"]),
             embeddings=values["embeddings"],
@@ -117,7 +118,7 @@ def remember(
     events [B]: of the whole histories; seen: by user, rows of the catalogue. Where ``keep.state`` asks for it, users
     whose history the encoder sees whole get a state, if the encoder can go on from one.
     """
-    encoder, lengths = side.encoder.eval(), batch.lengths
+    encoder, lengths = side.encoder, batch.lengths
     state = None
     if side.config.kind == "none":
         embeddings, counts = torch.zeros(len(batch), 1, encoder.width), torch.zeros_like(lengths)
@@ -162,7 +163,7 @@ def extend(
             raise UserError(f"this user's history cannot be continued: {reason}; compute it anew")
         assert record.state is not None
         states.append(record.state)
-    embeddings, state = side.encoder.eval().extend(EncoderState.together(states).to(side.weight), batch)
+    embeddings, state = side.encoder.extend(EncoderState.together(states).to(side.weight), batch)
     extended = []
     for place, (record, added) in enumerate(zip(records, new, strict=True)):
         both = torch.cat([record.embeddings, embeddings[place, :added].to(record.embeddings)])
@@ -288,7 +289,7 @@ def last_time(record: UserRecord) -> int | None:
     """When the user's latest event was; None where that is not known."""
     if record.state is None or record.events == 0:
         return None
-    time = int(record.state.times[0, -1])
+    time = int(record.state.times[0, record.events - 1])
     return None if time == UNKNOWN_TIME else time
 
 
