@@ -37,6 +37,7 @@ from userllm.data.commit import (
 )
 from userllm.data.count_filters import CountFilters, enough
 from userllm.data.numbering import Numbering
+from userllm.data.repeats import repeats_note
 from userllm.data.sorting import Spill
 from userllm.errors import UserError
 
@@ -147,6 +148,18 @@ class DatasetBuilder:
         self.item_numbers.numbers(items["id"])
         self._known_items = self.item_numbers.size
 
+    def describe_items(self, items: pl.DataFrame) -> None:
+        """The catalogue of events that are in already: a row for each of their items, and for others that come after.
+
+        items: id, title, item fields, in any order.
+        """
+        self.item_numbers.numbers(items["id"])
+        known = self.item_numbers.ids.to_frame()
+        self.items = known.join(items, on="id", how="left", maintain_order="left")
+        if self.items["title"].null_count():
+            raise ValueError("an item of the events is not described")
+        self._known_items = self.item_numbers.size
+
     def add(self, batch: EventBatch) -> None:
         """Number a batch and spill it."""
         if batch.counts.kept != len(batch.events):
@@ -178,10 +191,12 @@ class DatasetBuilder:
         ticks_per_second: int = 1,
         count_filters: CountFilters | None = None,
         recipe: dict[str, Any] | None = None,
+        notes: Sequence[str] | None = None,
     ) -> DatasetCard:
         """Sort, filter, write, and put the dataset in its place.
 
-        time: how times were read. ticks_per_second: of the times that were added. recipe: see ``DatasetCard``.
+        time: how times were read. ticks_per_second: of the times that were added. recipe, notes: see ``DatasetCard``;
+        unless notes is None the last of them tells how many events were there before.
         Raises UserError where there are no events or items, or none are left.
         """
         asked = count_filters or CountFilters()
@@ -217,6 +232,8 @@ class DatasetBuilder:
         columns = {name: read_column(events, name) for name in self.types if name != "user"}
         for column in self.numbers:
             write_column(self.files / "values", column, distinct(columns[column]))
+        if notes is not None:
+            notes = [*notes, repeats_note(columns["item"], columns["time"], offsets)]
         card = DatasetCard(
             format_version=FORMAT_VERSION,
             name=name,
@@ -236,6 +253,7 @@ class DatasetBuilder:
             rows=self.counts,
             time=time,
             recipe=recipe,
+            notes=tuple(notes or ()),
         )
         if self._grown is not None:
             check_unchanged(self.folder, self._grown)

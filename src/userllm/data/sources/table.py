@@ -90,6 +90,7 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
             ticks_per_second=found.ticks,
             count_filters=config.counts() if old is None else CountFilters(config.repeated),
             recipe=recipe,
+            notes=(),
         )
     return Dataset.open(out)
 
