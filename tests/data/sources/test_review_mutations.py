@@ -1,4 +1,4 @@
-"""Damaged reviews and metadata: prepared, every row accounted for, or refused in one line. Their content is invented."""
+"""Damaged reviews and metadata: prepared, with every row accounted for, or refused in one line. Content is invented."""
 
 import csv
 import gzip
