@@ -28,12 +28,12 @@ from userllm.data.columns import (
     write_column,
 )
 from userllm.data.commit import (
+    Scratch,
     check_unchanged,
     check_writable,
     created_by,
     files_name,
     put_in_place,
-    scratch_beside,
 )
 from userllm.data.count_filters import CountFilters, enough
 from userllm.data.numbering import Numbering
@@ -99,8 +99,8 @@ class DatasetBuilder:
         events = [f for f in fields if f.level == "event" and f.name != "item"]
         self.texts = [f.name for f in events if f.kind == "text"]
         self.numbers = [f.name for f in events if f.kind != "text"]
-        self._scratch = scratch_beside(folder)
-        self.scratch = Path(self._scratch.name)
+        self._scratch = Scratch(folder)
+        self.scratch = self._scratch.path
         self.files = self.scratch / "files"
         for part in ("events", "values"):
             (self.files / part).mkdir(parents=True)
@@ -119,7 +119,7 @@ class DatasetBuilder:
         self._spill.close()
         if self._text_writer is not None:
             self._text_writer.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def start_from(self, old: Dataset, ticks_per_second: int) -> None:
         """Begin with the users, items and events of the dataset that is to grow; call it before anything is added."""

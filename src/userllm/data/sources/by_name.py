@@ -40,7 +40,9 @@ def prepare(
         raise UserError(f"settings of reviews are for {' and '.join(REVIEWS)}, not for {name}")
     if name in REVIEWS:
         if not paths:
-            raise UserError(f"{name} is not found by itself; give your copy with --path, files or a folder")
+            raise UserError(
+                f"{name} is not found by itself; give your copy with --path (of a run: data.path), files or a folder"
+            )
         return prepare_reviews(REVIEWS[name], paths, out, reviews or ReviewsConfig())
     if len(paths) > 1:
         raise UserError(f"--path: {name} is one folder or file, {len(paths)} were given")
