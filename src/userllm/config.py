@@ -22,8 +22,8 @@ class DataConfig:
     """Which prepared dataset a run uses."""
 
     release: str | None = "movielens-1m"
-    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), or "synthetic", a small one
-    that it makes, for smoke runs; null with ``folder``."""
+    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), or "synthetic" or
+    "synthetic-reviews", small ones that it makes, for smoke runs; null with ``folder``."""
     path: Path | None = None
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
     folder: Path | None = None

@@ -29,7 +29,12 @@ from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.synthetic import (
+    RELEASE,
+    REVIEWS,
+    prepare_synthetic,
+    prepare_synthetic_reviews,
+)
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -102,6 +107,8 @@ class Run:
                         folder = self.folder / "dataset" if own else folder
                         if data.release == RELEASE:
                             prepare_synthetic(folder)
+                        elif data.release == REVIEWS:
+                            prepare_synthetic_reviews(folder)
                         else:
                             prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
                 used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
