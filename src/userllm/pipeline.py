@@ -110,7 +110,10 @@ class Run:
                         elif data.release == REVIEWS:
                             prepare_synthetic_reviews(folder)
                         else:
-                            prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
+                            prepare(
+                                str(data.release), [str(data.path)] if data.path else [], folder,
+                                descriptions=data.descriptions, reviews=data.reviews,
+                            )  # fmt: skip
                 used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
                 _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())

@@ -103,7 +103,8 @@ class ClosedEvaluator:
             if task.config.field in self.stored.collator.vocabulary:
                 systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
         self.answered[name] = rows[:, 0], systems
-        return self._entry(len(rows), systems)
+        rule = {} if task.tie_rule is None else {"tie_rule": task.tie_rule}
+        return self._entry(len(rows), systems) | rule
 
     def per_user(self) -> pl.DataFrame:
         """What every system said about every user so far: task, user (raw id), system, rank, log_likelihood.
