@@ -146,7 +146,9 @@ def test_every_texts_numbers_are_kept(evaluator, dataset):
 
 def test_smaller_samples_of_texts_lie_within_larger_ones(model, dataset, split, stored):
     def asked(users):
-        config = replace(EVALUATION, text=TextEvaluationConfig(users=users, greedy=TextDecoding(1), sampled=None))
+        config = replace(
+            EVALUATION, text=TextEvaluationConfig(users=users, greedy=TextDecoding(1), sampled=None)
+        )
         drawn = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed=0)
         judge = OpenEvaluator(model, dataset, split, stored, drawn, config, 0, lambda _: None)
         return {int(row[0]) for row in judge.write("genres").rows}
