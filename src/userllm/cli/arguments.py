@@ -12,7 +12,6 @@ from userllm.errors import UserError
 if TYPE_CHECKING:
     from userllm.events import UserHistory
     from userllm.model import UserLLM
-    from userllm.pipeline import Run
 
 CONFIG_NOTE = """\
 CONFIG is a YAML file; a.b=c after it sets one value of it, for example
@@ -50,12 +49,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run of CONFIG [a.b=c ...]."""
+def go_through(arguments: argparse.Namespace, last: str) -> None:
+    """The stages of CONFIG [a.b=c ...] up to ``last``, together with the other processes where there are several."""
+    from userllm import processes
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    return Run(*load_config(arguments.config, arguments.overrides), arguments.runs)
+    Run(*load_config(arguments.config, arguments.overrides), arguments.runs).through(last)
+    processes.stop()
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -64,7 +65,7 @@ class ContextualizeConfig:
 class ContextualizedLosses(nn.Module):
     """The model as the Trainer sees it: examples in, losses out.
 
-    ``loss`` is the mean over examples of the answer's negative log-likelihood in nats, mixed with the teacher's
+    ``loss`` is the mean over the batch's examples of the answer's negative log-likelihood in nats, mixed with the teacher's
     cross-entropy where a task asks for one; of a text in nats per token, the mean over the batch's tokens (ours: a long
     text would outweigh a title fifty times). ``<task>_nll`` is the plain negative log-likelihood, likewise.
     """
@@ -83,28 +84,34 @@ class ContextualizedLosses(nn.Module):
         users = self.model.context(histories, examples.rows.to(device), examples.ends.to(device))
         some = next(weight for weight in self.model.parameters() if weight.requires_grad)
         total, parts = 0 * some.sum(), {}  # no example of a batch may have a right answer
+        counts = torch.bincount(examples.task, minlength=len(examples.tasks)).tolist()
+        of_batch, *of_task = processes.batch_totals([len(examples.task), *counts])
         for number, name in enumerate(examples.tasks):
             mine = torch.nonzero(examples.task == number)[:, 0].to(device)
-            if len(mine) == 0:
+            if of_task[number] == 0:
                 continue
             if name in self.model.open_tasks:
-                loss = nll = self._text_loss(name, examples, mine, users.select(mine))
+                shares = 1
+                loss = nll = self._text_loss(name, examples, mine, users).expand(of_task[number])
             else:
+                shares = processes.shares()
                 answers, mix = examples.answers.to(device)[mine], self.model.tasks[name].config.teacher
                 teacher = self._teach(histories, examples, mine) if mix > 0 else None
                 nll, taught = self.model.answer_losses(name, answers, users.select(mine), teacher)
                 loss = nll if taught is None else (1 - mix) * nll + mix * taught
-            parts[f"{name}_nll"] = nll.detach().mean()
-            total = total + loss.sum() / len(examples.task)
+            parts[f"{name}_nll"] = nll.detach().sum() * shares / of_task[number]
+            total = total + loss.sum() * shares / of_batch
         return {"loss": total, **parts}
 
     def _text_loss(self, name: str, examples: Examples, mine: Tensor, users: UserContext) -> Tensor:
-        """Nats per token of the texts ``mine`` [n], once for each text: [n]."""
+        """Nats per token of the texts ``mine`` [n]; of several processes' texts, what their mean is to be made of."""
         asked = [text for place in mine.tolist() if (text := examples.texts[place]) is not None]
         prompts, targets = [text.prompt for text in asked], [text.target for text in asked]
         most = self.model.tasks[name].config.target_tokens
-        nll, tokens = self.model.text_losses(prompts, targets, users, most)
-        return (nll.sum() / tokens.sum()).expand(len(mine))
+        nll, tokens = torch.zeros(1, device=mine.device), torch.zeros(1, dtype=torch.long)
+        if asked:
+            nll, tokens = self.model.text_losses(prompts, targets, users.select(mine), most)
+        return nll.sum() / processes.share(int(tokens.sum()))
 
     @torch.no_grad()
     def _teach(self, histories: HistoryBatch, examples: Examples, mine: Tensor) -> Tensor:
@@ -156,6 +163,7 @@ def contextualize(
     done = trainer.state.global_step
     examples = done * config.histories * config.examples_per_history
     facts = {"steps": done, "examples": examples, "seconds": None if budget is None else budget.used}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps(facts) + "\n")
+    if processes.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "training.json").write_text(json.dumps(facts) + "\n")
     return history

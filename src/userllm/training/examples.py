@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -99,19 +100,25 @@ class ExampleBatches(StepBatches):
             tasks += list(rng.choice(len(names), size=len(targets), p=weights / weights.sum()))
         row_of, end_of = np.array(rows), np.array(ends)
         user_of, task_of = np.array(users), np.array(tasks)
+        # every process draws the whole batch, so that its own share does not depend on how many there are
+        own = np.array(processes.own_places(len(spans)), dtype=np.int64)
+        mine = np.isin(row_of, own)
+        end_of, user_of, task_of = end_of[mine], user_of[mine], task_of[mine]
+        row_of = np.searchsorted(own, row_of[mine])
+        spans = [spans[place] for place in own] or spans[:1]  # more processes than users: no examples, then
         begins = np.array([begin for _, begin, _ in spans])
         seen = np.minimum(end_of - begins[row_of], self.window)
         answers = np.full(len(row_of), -1)
         texts: list[TextExample | None] = [None] * len(row_of)
         for number, name in enumerate(names):
-            mine = np.flatnonzero(task_of == number)
-            asked, case = self.model_tasks[name], (user_of[mine], end_of[mine], seen[mine])
+            its = np.flatnonzero(task_of == number)
+            asked, case = self.model_tasks[name], (user_of[its], end_of[its], seen[its])
             if isinstance(asked, ClosedTask):
-                answers[mine] = asked.targets(self.dataset, *case)
+                answers[its] = asked.targets(self.dataset, *case)
             elif isinstance(asked, OpenTask):
-                for place, text in zip(mine, asked.examples(self.dataset, *case), strict=True):
+                for place, text in zip(its, asked.examples(self.dataset, *case), strict=True):
                     texts[place] = text
-        keep = (answers >= 0) | np.array([text is not None for text in texts])
+        keep = (answers >= 0) | np.array([text is not None for text in texts], dtype=bool)
         examples = Examples(
             histories=self.stored.batch(spans),
             rows=torch.from_numpy(row_of[keep]),
