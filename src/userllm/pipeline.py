@@ -54,8 +54,9 @@ from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import GenrePreference, OpenTask, Review, build_task
-from userllm.training.contextualize import contextualize
+from userllm.training.contextualize import contextualize, load_trained
 from userllm.training.pretrain import pretrain
+from userllm.training.sharding import kept, whole
 from userllm.training.strategy import apply_strategy, trainable_parameters
 from userllm.training.trainer import set_seed
 
@@ -66,11 +67,15 @@ class Run:
     """One run folder and the stages that fill it. ``plain`` is the resolved configuration as plain values.
 
     Several processes go through the stages together (``processes``): the main one prepares data and writes files.
+    fsdp: in training the model's weights, gradients and optimiser state are spread over them.
     """
 
-    def __init__(self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs")):
+    def __init__(
+        self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs"), fsdp: bool = False
+    ):
         processes.start()
         self.config = config
+        self.fsdp = fsdp
         self.folder = root / config.name
         self.plain = plain
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,9 @@ class Run:
             raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
         if STAGES.index(last) >= STAGES.index("contextualize"):
             with processes.main_first():  # which downloads it, if need be
-                resolve(self.config.lm)  # a language model that cannot be had is found out now, not after stage 1
+                resolve(
+                    self.config.lm
+                )  # a language model that cannot be had is found out now, not after stage 1
         for stage in STAGES[: STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
         return self.folder
@@ -136,11 +143,11 @@ class Run:
                 if self.config.pretrain is not None:
                     history = pretrain(
                         encoder, self.dataset, self.split, self.stored, self.config.pretrain,
-                        self.folder / "pretrain", self.config.seed,
+                        self.folder / "pretrain", self.config.seed, self.fsdp,
                     )  # fmt: skip
                 _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
+                weights = {n: kept(whole(w)) for n, w in encoder.state_dict().items()}
                 if processes.is_main():
-                    weights = {n: w.contiguous() for n, w in encoder.state_dict().items()}
                     save_file(weights, file.with_suffix(".partial"))
                     os.replace(file.with_suffix(".partial"), file)
 
@@ -157,15 +164,18 @@ class Run:
                 set_seed(self.config.seed)
                 history = contextualize(
                     model, self.dataset, self.split, self.stored, self.config.contextualize,
-                    self.folder / "contextualize", self.config.seed,
+                    self.folder / "contextualize", self.config.seed, fsdp=self.fsdp,
                 )  # fmt: skip
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
-                model.run = self._data_facts()
-                del model.run["dataset"][
-                    "source"
-                ]  # a model may go elsewhere: where the files lay here stays here
                 if processes.is_main():
+                    if self.fsdp:  # nowhere is this one whole
+                        model = self.build_model()
+                        load_trained(model, self.folder / "contextualize")
+                    model.run = self._data_facts()
+                    del model.run["dataset"][
+                        "source"
+                    ]  # a model may go elsewhere: where the files lay here stays here
                     model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:

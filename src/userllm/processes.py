@@ -45,7 +45,9 @@ def start() -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group(_backend())
-    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # it is everybody's
+    _group = group
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
 
@@ -59,12 +61,26 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def fsdp_asked() -> bool:
+    """Whether ``accelerate launch`` was told to use FSDP, which is then ours to do: it is not asked a second time.
+
+    Raises UserError for FSDP's first version.
+    """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("userllm shards by FSDP2; say `accelerate launch --use_fsdp --fsdp_version 2`")
+    return True
+
+
 def _backend() -> str:
     if not torch.accelerator.is_available():
         return "gloo"
     here, there = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
     if here >= there:
-        raise UserError(f"process {here} of this machine has no accelerator: there are {there}; start as many")
+        raise UserError(
+            f"process {here} of this machine has no accelerator: there are {there}; start as many"
+        )
     torch.accelerator.set_device_index(here)
     kind = device().type
     return f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
@@ -167,11 +183,11 @@ def one_batch() -> Iterator[None]:
 
 
 def share(here: int) -> float:
-    """What to divide a sum over this process's part of a batch by, for a mean over the batch: at least 1 in one process.
+    """What to divide a sum over this process's part of a batch by, for a mean over the batch.
 
-    here: how many there are of what the mean is over, in this process. Inside ``one_batch`` it is the number in all
-    processes over the number of processes: then the mean of what each process gets, and of its gradients, is the
-    batch's. Every process has to ask equally often.
+    here: how many there are of what the mean is over, in this process; outside ``one_batch`` it is that, or 1. Inside,
+    it is the number in all processes over the number of processes: then the mean of what each process gets, and of its
+    gradients, is the batch's. Every process has to ask equally often.
     """
     if _group is None or not _in_batch:
         return max(here, 1)

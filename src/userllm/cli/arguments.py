@@ -47,6 +47,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="of several processes: each trains with a share of the weights (FSDP2)",
+    )
 
 
 def go_through(arguments: argparse.Namespace, last: str) -> None:
@@ -55,7 +60,8 @@ def go_through(arguments: argparse.Namespace, last: str) -> None:
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    Run(*load_config(arguments.config, arguments.overrides), arguments.runs).through(last)
+    config, plain = load_config(arguments.config, arguments.overrides)
+    Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked()).through(last)
     processes.stop()
 
 

@@ -173,12 +173,14 @@ class ClosedEvaluator:
             parts, lambda part: self._answers(name, rows[part], histories[part], targets[part])
         )
         for part, one in zip(parts, said, strict=True):
-            ranks[part], logliks[part], read[part] = one.ranks, one.log_likelihood, one.prompt_tokens
-            invalid += one.invalid
+            (ranks[part], logliks[part], read[part]), missing = one
+            invalid += missing
         return Answered(ranks, logliks, invalid, read)
 
-    def _answers(self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor) -> Answered:
-        """The same for one batch."""
+    def _answers(
+        self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
+    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+        """The same for one batch: ranks, log-likelihoods and tokens read, and how many answers are invalid."""
         task, device = self.model.closed_tasks[name], self.model.lm.device
         length = min(self.config.list_length, len(task.answers))
         users = self.model.context(self.stored.batch(histories).to(device))
@@ -195,12 +197,9 @@ class ClosedEvaluator:
             possible = (~excluded).sum(1).clamp_max(length)
         found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
         hit = found.answers == target[:, None]
-        return Answered(
-            torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy(),
-            self.model.answer_log_likelihood(name, target, users).double().cpu().numpy(),
-            count_invalid(found.answers, len(task.answers), possible),
-            read,
-        )
+        ranks = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
+        logliks = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
+        return (ranks, logliks, read), count_invalid(found.answers, len(task.answers), possible)
 
     def _fixed(
         self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor

@@ -71,7 +71,9 @@ class Budget(TrainerCallback):
     ) -> None:
         """Agree on the time, so that rate and end are the same in all processes."""
         if processes.count() > 1:
-            self._agreed = processes.total(self._here) if self._counts_cpu else processes.told(lambda: self._here)
+            self._agreed = (
+                processes.total(self._here) if self._counts_cpu else processes.told(lambda: self._here)
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,8 @@ class ExampleCounts(Protocol):
 class Examples:
     """E examples over B histories: which history, how many of its events count, the task, the answer; all [E].
 
-    answers: of closed tasks, -1 elsewhere. texts: of open tasks, None elsewhere.
+    answers: of closed tasks, -1 elsewhere. texts: of open tasks, None elsewhere. The last ``stand_ins`` examples count
+    for nothing.
     """
 
     histories: HistoryBatch
@@ -41,6 +42,25 @@ class Examples:
     task: Tensor
     answers: Tensor
     texts: list[TextExample | None]
+    stand_ins: int = 0
+
+    def with_stand_ins(self) -> Examples:
+        """The same, and a made-up example of each task that has none."""
+        missing = [number for number in range(len(self.tasks)) if not bool((self.task == number).any())]
+
+        def more(known: Tensor, value: int | list[int]) -> Tensor:
+            new = value if isinstance(value, list) else [value] * len(missing)
+            return torch.cat([known, torch.tensor(new, dtype=known.dtype)])
+
+        return replace(
+            self,
+            rows=more(self.rows, 0),
+            ends=more(self.ends, 1),
+            task=more(self.task, missing),
+            answers=more(self.answers, 0),
+            texts=self.texts + [TextExample("?", "?")] * len(missing),
+            stand_ins=len(missing),
+        )
 
 
 class ExampleBatches(StepBatches):

@@ -121,9 +121,11 @@ def pretrain(
     config: PretrainConfig,
     folder: Path,
     seed: int,
+    fsdp: bool = False,
 ) -> list[dict[str, float]]:
     """Train ``encoder`` in place and leave it with its best weights; resumes from ``folder``. Returns the log history.
 
+    fsdp: train sharded over the processes; the encoder's weights are then shares (``sharding.whole``).
     Where the split has no validation events the last weights are kept. An encoder that cannot rank the catalogue is
     judged by the log-likelihood of what it predicts.
     """
@@ -149,7 +151,7 @@ def pretrain(
     budget = None
     if config.seconds is not None:
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
-    trainer = StageTrainer(model, arguments, batches, validate, budget=budget)
+    trainer = StageTrainer(model, arguments, batches, validate, budget=budget, units=[] if fsdp else None)
     if every is not None:
         trainer.add_callback(
             KeepBest(model, folder, f"eval_{_selected_by(config, encoder)}", config.patience)

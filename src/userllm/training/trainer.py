@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from userllm import processes
 from userllm.training.budget import Budget
+from userllm.training.sharding import (
+    gathered,
+    is_sharded,
+    keep_whole_states,
+    kept,
+    shard,
+    share_like,
+    whole,
+)
 
 __all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set_seed", "training_arguments"]
 
@@ -27,8 +36,8 @@ COMPLETE = "complete"
 """Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
 
 TRAIN_CPU = "eval_train_cpu_s"
-"""CPU seconds of training in all processes, evaluations left out, up to an evaluation. What a killed process did after its last
-evaluation does not count."""
+"""CPU seconds of training in all processes, evaluations left out, up to an evaluation. What a killed process did after
+its last evaluation does not count."""
 
 
 class StepBatches(ABC, Dataset[Any]):
@@ -77,6 +86,7 @@ class StageTrainer(Trainer):
     With several processes, losses are such that their mean over the processes is the batch's (``processes.share``).
     rates: factor on the learning rate by a part of the weight's name; the first match counts.
     evaluator: called without arguments, returns metrics by name. budget: ends the training, and sets its rate, by time.
+    units: parts of the model, for training it sharded (see ``sharding``); afterwards it still is.
     """
 
     def __init__(
@@ -87,8 +97,13 @@ class StageTrainer(Trainer):
         evaluator: Callable[[], dict[str, float]] | None = None,
         rates: Mapping[str, float] | None = None,
         budget: Budget | None = None,
+        units: Sequence[nn.Module] | None = None,
     ):
+        if units is not None:
+            model.is_parallelizable = model.model_parallel = True  # type: ignore[assignment] # not to be moved as a whole
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
+        if units is not None:
+            shard(model, units)
         self.batches = batches
         self.evaluator = evaluator
         self.rates = dict(rates or {})
@@ -147,6 +162,8 @@ class StageTrainer(Trainer):
                 betas=(0.9, 0.98),
                 fused=True,
             )
+            if is_sharded(self.model):  # type: ignore[arg-type]
+                keep_whole_states(self.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -166,7 +183,8 @@ class StageTrainer(Trainer):
         earlier = [entry[TRAIN_CPU] for entry in self.state.log_history if TRAIN_CPU in entry]
         spent = max(earlier, default=0.0) + processes.total(time.process_time() - self._clock)
         self.model.eval()
-        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        with gathered(self.model):
+            metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
         metrics[TRAIN_CPU] = spent
         self.model.train()
         self._clock = time.process_time()
@@ -181,13 +199,20 @@ class StageTrainer(Trainer):
         if self.budget is not None and processes.is_main():
             self.budget.save(folder)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model) and not self.args.should_save:  # type: ignore[arg-type]
+            self.optimizer.state_dict()  # type: ignore[union-attr] # the main process asks for everybody's share
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(model or self.model, Path(resume_from_checkpoint) / "trainable.safetensors")  # type: ignore[arg-type]
 
     def run(self) -> list[dict[str, float]]:
         """Train from the last complete checkpoint, if there is one; returns the log history."""
         checkpoint = processes.told(lambda: last_checkpoint(Path(str(self.args.output_dir))))
-        if not processes.is_main():  # dropout and samples of its own; the main process draws as a single one does
+        if (
+            not processes.is_main()
+        ):  # dropout and samples of its own; the main process draws as a single one does
             set_seed(self.args.seed + processes.number())
         if checkpoint is not None:
             self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -253,10 +278,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def save_trainable(model: nn.Module, file: Path) -> None:
-    """Write the trainable weights by name, atomically; of several processes the main one does."""
+    """Write the trainable weights by name, atomically; all processes call it, the main one writes."""
+    weights = {n: kept(whole(p.detach())) for n, p in model.named_parameters() if p.requires_grad}
     if not processes.is_main():
         return
-    weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     temporary = file.with_suffix(".partial")
     save_file(weights, temporary)
     os.replace(temporary, file)
@@ -265,12 +290,14 @@ def save_trainable(model: nn.Module, file: Path) -> None:
 def load_trainable(model: nn.Module, file: Path) -> None:
     """Read back what ``save_trainable`` wrote."""
     weights = load_file(file)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    if trainable != set(weights):
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trainable.keys() != weights.keys():
         raise RuntimeError(
             f"{file} holds other weights than this model trains: was the configuration changed?"
         )
-    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, weight in trainable.items():
+            weight.copy_(share_like(weights[name], weight))
 
 
 def training_arguments(
