@@ -21,6 +21,7 @@ from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
@@ -164,9 +165,14 @@ def contextualize(
     """Train ``model`` in place, its strategy applied before; resumes from ``folder``. Returns the log history.
 
     fsdp: train sharded over the processes; the model's weights are then shares, and ``load_trained`` puts what was
-    trained into another one. The alignment is not sharded, nor is an evaluation possible.
+    trained into another one. The alignment is not sharded, nor is an evaluation possible. Raises UserError for
+    ``attend="answer"`` where the LM learns.
     The teacher is the encoder as it comes in, before any alignment. ``folder``/training.json tells steps and examples.
     """
+    if fsdp and model.reads_ahead and not model.lm_is_frozen:
+        raise UserError(
+            'FSDP does not see the gradient of a prompt that is read ahead: train the LM with fusion.attend "text"'
+        )
     steps = config.steps if config.seconds is None else MAX_STEPS
     arguments = training_arguments(folder, config.optimization, steps, seed, eval_every)
     budget = None
