@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,12 @@ from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.synthetic import (
+    RELEASE,
+    REVIEWS,
+    prepare_synthetic,
+    prepare_synthetic_reviews,
+)
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -198,8 +204,10 @@ class Run:
                     name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
                     for name in tasks
                 }
-                tasks |= self._evaluate_texts(model, evaluator.users)
-                processes.told(lambda: self._write_evaluation(model, tasks, nobody, evaluator))
+                written, of_texts = self._evaluate_texts(model, evaluator.users)
+                tasks |= written
+                rows = pl.concat([evaluator.per_user(), *of_texts], how="diagonal")
+                processes.told(lambda: self._write_evaluation(model, tasks, nobody, rows, evaluator))
         processes.told(self._refresh_timings)
 
     def do_report(self) -> None:
@@ -222,8 +230,13 @@ class Run:
                 folder = self.folder / "dataset" if own else folder
                 if data.release == RELEASE:
                     prepare_synthetic(folder)
+                elif data.release == REVIEWS:
+                    prepare_synthetic_reviews(folder)
                 else:
-                    prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
+                    prepare(
+                        str(data.release), [str(data.path)] if data.path else [], folder,
+                        descriptions=data.descriptions, reviews=data.reviews,
+                    )  # fmt: skip
         used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
         _write(self.folder / "dataset.json", json.dumps(used))
 
@@ -339,31 +352,36 @@ class Run:
         model: UserLLM,
         tasks: dict[str, Any],
         nobody: dict[str, list[dict[str, Any]]],
+        rows: pl.DataFrame,
         evaluator: ClosedEvaluator,
     ) -> None:
         examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
         _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-        evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
+        rows.write_parquet(self.folder / "per_user.parquet")
         metrics = self._metrics(model, tasks, evaluator)
         metrics["knowledge"] = self._knowledge(model, evaluator)
         _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
         results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
         add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
 
-    def _evaluate_texts(self, model: UserLLM, users: EvaluatedUsers) -> dict[str, Any]:
-        """Entries of the tasks that are answered in free text; the texts themselves go to texts/TASK.jsonl."""
+    def _evaluate_texts(
+        self, model: UserLLM, users: EvaluatedUsers
+    ) -> tuple[dict[str, Any], list[pl.DataFrame]]:
+        """Entries of the tasks that are answered in free text, and each task's numbers by user; the texts themselves
+        go to texts/TASK.jsonl."""
         config, seed = self.config.evaluation, self.config.seed
         evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
-        entries = {}
+        entries, rows = {}, []
         for name in model.open_tasks:
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
             task = model.open_tasks[name]
             entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
+            rows.append(evaluator.per_user(name, texts))
             if isinstance(task, GenrePreference):
                 entries[name] |= self._label_entries(task, texts)
-        return entries
+        return entries, rows
 
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
         """Answers that are the same for everyone, and every system's scores label by label."""

@@ -156,7 +156,7 @@ def test_sharding_needs_several_processes(work, monkeypatch):
 
 
 def test_a_prompt_read_ahead_is_refused_where_the_lm_learns(run_sharded):
-    with pytest.raises(UserError, match="fusion.attend"):
+    with pytest.raises(UserError, match=r"fusion\.attend"):
         run_sharded("lora", attend="answer")
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from userllm import processes
@@ -40,13 +41,14 @@ RIVALS = {"over_shuffled": "user_llm_shuffled", "over_no_user": "no_user"}
 @dataclass
 class Texts:
     """What was asked and written: user rows [n, 3], examples [n], texts by system and decoding (of the first users
-    only, perhaps), losses by system."""
+    only, perhaps), losses by system; and what was measured of the texts, by system and metric."""
 
     rows: np.ndarray
     examples: list[TextExample]
     written: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     nats: dict[str, np.ndarray] = field(default_factory=dict)
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    measured: dict[str, dict[str, np.ndarray | Estimate | float]] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[str]:
@@ -85,8 +87,8 @@ class OpenEvaluator:
         places = np.flatnonzero([example is not None for example in asked])
         most = self.config.text.users
         if most is not None and most < len(places):
-            rng = np.random.default_rng([self.seed, 17])
-            places = np.sort(rng.choice(places, most, replace=False))
+            order = np.random.default_rng([self.seed, 17]).permutation(len(places))
+            places = np.sort(places[order[:most]])  # a smaller sample lies inside every larger one
         if len(places) < 2:
             raise UserError(f"evaluation of {name}: {len(places)} users have a text; it takes at least two")
         texts = Texts(rows[places], [example for p in places if (example := asked[p]) is not None])
@@ -139,7 +141,7 @@ class OpenEvaluator:
             texts.written[system, name] = [text for *_, written in said for text in written.get(name, [])]
 
     def measure(self, texts: Texts, metrics: Sequence[TextMetric]) -> dict[str, Any]:
-        """The entry of a task in metrics.json.
+        """The entry of a task in metrics.json; what it was made from stays in ``texts.measured``.
 
         Systems are called as with closed tasks; those with drawn texts end in "_sampled", and "target" is what the
         users wrote themselves. ``gain`` compares the greedy texts pair by pair, ``gain_nats`` the likelihoods.
@@ -153,7 +155,7 @@ class OpenEvaluator:
             },
             "whole": {},
         }
-        measured = {
+        texts.measured = measured = {
             _called(system, decoding): _measured(texts.targets[: len(said)], said, metrics)
             for (system, decoding), said in texts.written.items()
         }
@@ -185,6 +187,21 @@ class OpenEvaluator:
             for over, rival in rivals.items()
         }
         return entry
+
+    def per_user(self, name: str, texts: Texts) -> pl.DataFrame:
+        """What was measured of every text: task, user (raw id), system, log_likelihood, and a column per metric that
+        has one number per text; null where a system has no likelihood. Call ``measure`` first.
+        """
+        ids = np.array(self.dataset.user_ids)[texts.rows[:, 0]]
+        parts = []
+        for system, values in texts.measured.items():
+            columns = {metric: value for metric, value in values.items() if isinstance(value, np.ndarray)}
+            if system in texts.nats:
+                columns["log_likelihood"] = -texts.nats[system]
+            n = len(next(iter(columns.values())))  # the first users only, perhaps
+            said = {"task": [name] * n, "user": ids[:n].tolist(), "system": [system] * n}
+            parts.append(pl.DataFrame(said | columns))
+        return pl.concat(parts, how="diagonal")
 
     def as_lines(self, texts: Texts) -> list[dict[str, Any]]:
         """One record per user: prompt, target and every system's text."""
