@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -33,13 +34,14 @@ from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
+from userllm.data.unseen_items import apart
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, TextConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
-from userllm.evaluation.labels import LabelScores
+from userllm.evaluation.labels import NAMES, LabelScores
 from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
@@ -112,13 +114,16 @@ class Run:
                 f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
                 f"items into its model with `userllm grow {self.folder}`"
             )
+        if self.config.split.kind == "unseen_items":
+            self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
         for name, config in self.config.tasks.items():
             task = build_task(name, config, self.dataset.items)
             if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
-                task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
+                user, _, stop = self.split.examples("test")[:1].T
+                task.examples(self.dataset, user, stop, 1)
         if isinstance(self.config.encoder, TextConfig):
             self.texts = self._encode_texts(self.config.encoder)
         say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
@@ -194,10 +199,12 @@ class Run:
                     name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
                     for name in tasks
                 }
-                tasks |= self._evaluate_texts(model, evaluator.users)
+                entries, told = self._evaluate_texts(model, evaluator.users)
+                tasks |= entries
                 examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
+                per_user = pl.concat([evaluator.per_user(), *told], how="diagonal")
+                per_user.write_parquet(self.folder / "per_user.parquet")
                 metrics = self._metrics(model, tasks, evaluator)
                 metrics["knowledge"] = self._knowledge(model, evaluator)
                 _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -225,7 +232,7 @@ class Run:
         """The store beside the dataset, with every text the encoder will ask for."""
         found = find_sentence_encoder(config.sentences)
         store = TextStore.open(
-            self.dataset.folder / "sentences" / config.sentences.replace("/", "--"), found.card
+            self._dataset_folder() / "sentences" / config.sentences.replace("/", "--"), found.card
         )
         texts = [
             text for column in config.texts(self.dataset.items, self.vocabulary).values() for text in column
@@ -318,34 +325,43 @@ class Run:
             "tasks": answers,
         }
 
-    def _evaluate_texts(self, model: UserLLM, users: EvaluatedUsers) -> dict[str, Any]:
-        """Entries of the tasks that are answered in free text; the texts themselves go to texts/TASK.jsonl."""
+    def _evaluate_texts(
+        self, model: UserLLM, users: EvaluatedUsers
+    ) -> tuple[dict[str, Any], list[pl.DataFrame]]:
+        """Entries of the tasks that are answered in free text, and what everybody was told; the texts themselves go to
+        texts/TASK.jsonl."""
         config, seed = self.config.evaluation, self.config.seed
         evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
-        entries = {}
+        entries, told = {}, []
         for name in model.open_tasks:
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
             task = model.open_tasks[name]
             entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
+            labels = None
             if isinstance(task, GenrePreference):
                 entries[name] |= self._label_entries(task, texts)
-        return entries
+                labels = LabelScores(task).names
+            told.append(evaluator.per_user(name, texts, labels))
+        return entries, told
 
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
-        """Answers that are the same for everyone, and every system's scores label by label."""
+        """Answers that are the same for everyone, which join the texts, and every system's scores label by label."""
         scores = LabelScores(task)
         training = task.examples(self.dataset, self.split.users, self.split.train_end, 0)
-        said = {
-            system: written for (system, decoding), written in texts.written.items() if decoding == "greedy"
+        labels = {
+            system: scores.table(texts.targets, written)
+            for (system, decoding), written in texts.written.items()
+            if decoding == "greedy"
         }
-        return {
-            **scores.baselines(
-                texts.targets, [example.target for example in training if example is not None]
-            ),
-            "labels": {system: scores.table(texts.targets, written) for system, written in said.items()},
-        }
+        entries: dict[str, Any] = {"labels": labels}
+        for system, text in scores.constants([one.target for one in training if one is not None]).items():
+            said = [text] * len(texts.targets)
+            measured = scores(texts.targets, said)
+            entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]
+            texts.written[system, "greedy"] = said
+        return entries
 
     def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
         """What is measured of a task's texts."""

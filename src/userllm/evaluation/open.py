@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from userllm.data.collation import StoredHistories
@@ -25,6 +26,7 @@ from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
+from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.tasks import TextExample
 
@@ -45,6 +47,8 @@ class Texts:
     examples: list[TextExample]
     written: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     nats: dict[str, np.ndarray] = field(default_factory=dict)
+    read: dict[str, np.ndarray] = field(default_factory=dict)
+    """By system, tokens the LM reads before its answer, soft prompts included [n]."""
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
@@ -106,7 +110,7 @@ class OpenEvaluator:
     def _answer(self, most: int, texts: Texts, system: str, histories: np.ndarray | None) -> None:
         """Fill in what one system says, conditioned on ``histories`` (None: the base LM)."""
         self.model.eval()
-        nats, tokens = [], []
+        nats, tokens, read = [], [], []
         written: dict[str, list[str]] = {decoding: [] for decoding in self.decodings}
         for start in range(0, len(texts.rows), self.config.batch):
             part = slice(start, start + self.config.batch)
@@ -118,6 +122,7 @@ class OpenEvaluator:
             nll, count = self.model.text_losses(prompts, targets, users, most)
             nats.append(nll.double().cpu().numpy())
             tokens.append(count.cpu().numpy())
+            read.append(self._tokens_read(prompts, users))
             for name, decoding in self.decodings.items():
                 count = len(examples)
                 if name == "sampled" and self.config.text.sampled_users is not None:
@@ -130,9 +135,16 @@ class OpenEvaluator:
                     )
                     numbers = range(start, start + count)
                     written[name] += self.model.write_texts(prompts[:count], some, decoding, numbers)
-        texts.nats[system] = np.concatenate(nats)
+        texts.nats[system], texts.read[system] = np.concatenate(nats), np.concatenate(read)
         texts.tokens = np.concatenate(tokens)
         texts.written |= {(system, decoding): said for decoding, said in written.items()}
+
+    def _tokens_read(self, prompts: Sequence[str], users: UserContext | None) -> np.ndarray:
+        asked = self.model.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        lengths = np.array([len(ids) for ids in asked]) + len(self.model.opening) + len(self.model.closing)  # type: ignore[arg-type]
+        if users is None or users.prefix is None:
+            return lengths
+        return lengths + (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
 
     def measure(self, texts: Texts, metrics: Sequence[TextMetric]) -> dict[str, Any]:
         """The entry of a task in metrics.json.
@@ -166,6 +178,7 @@ class OpenEvaluator:
         for system, nats in texts.nats.items():
             entry[system]["log_likelihood"] = bootstrap_mean(-nats).as_dict()
             entry[system]["nats_per_token"] = bootstrap_mean(nats / texts.tokens).as_dict()
+            entry[system]["prompt_tokens"] = bootstrap_mean(texts.read[system]).as_dict()
         own = measured["user_llm"]
         rivals = {over: rival for over, rival in RIVALS.items() if rival in measured}
         entry["gain"] = {
@@ -181,6 +194,29 @@ class OpenEvaluator:
             for over, rival in rivals.items()
         }
         return entry
+
+    def per_user(
+        self, name: str, texts: Texts, labels: Callable[[Sequence[str]], list[list[str]]] | None
+    ) -> pl.DataFrame:
+        """What every system said to every user of a task, in the columns of ``ClosedEvaluator.per_user``.
+
+        There is no rank. labels: the labels that texts name; then columns "target" and "named" hold them.
+        """
+        users = [self.dataset.user_ids[row] for row in texts.rows[:, 0].tolist()]
+        frames = []
+        for (system, decoding), said in texts.written.items():
+            if decoding != "greedy":
+                continue
+            columns = {
+                "task": [name] * len(users),
+                "user": users,
+                "system": [system] * len(users),
+                "log_likelihood": -texts.nats[system] if system in texts.nats else np.full(len(users), np.nan),
+            }
+            if labels is not None:
+                columns |= {"target": labels(texts.targets), "named": labels(said)}
+            frames.append(pl.DataFrame(columns))
+        return pl.concat(frames)
 
     def as_lines(self, texts: Texts) -> list[dict[str, Any]]:
         """One record per user: prompt, target and every system's text."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import polars as pl
 
+from userllm.evaluation.labels import LabelCounts, weighted_f1
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, ratio_of_means, user_metrics
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.definition import Claim, Side
@@ -15,11 +16,13 @@ from userllm.experiments.definition import Claim, Side
 Verdict = Literal["confirmed", "not confirmed", "not run"]
 
 LOG_LIKELIHOOD = "log_likelihood"
+WEIGHTED_F1 = "f1"
+"""Of all texts together, label by label: no mean of users' values."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over ``n`` users with its 95 % interval."""
+    """A mean over ``n`` users, or a weighted F1 of them all, with its 95 % interval."""
 
     n: int
     estimate: Estimate
@@ -41,10 +44,19 @@ class Decided:
 
 
 def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str) -> pl.DataFrame:
-    """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none."""
+    """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none.
+
+    Of ``WEIGHTED_F1`` there is no value of one user: instead, the labels of target and text, "target" and "named".
+    """
     frames = []
     for cell in cells:
         rows = cell.per_user().filter((pl.col("task") == task) & (pl.col("system") == system))
+        if metric == WEIGHTED_F1:
+            if "named" in rows.columns:
+                told = rows.filter(pl.col("named").is_not_null())
+                frames.append(told.select("user", pl.lit(cell.seed).alias("seed"), "target", "named"))
+            continue
+        rows = rows if metric == LOG_LIKELIHOOD else rows.filter(pl.col("rank").is_not_null())
         if metric == LOG_LIKELIHOOD:
             rows = rows.filter(pl.col(LOG_LIKELIHOOD).is_finite())
             value = rows[LOG_LIKELIHOOD]
@@ -56,7 +68,10 @@ def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str)
 
 
 def mean(rows: pl.DataFrame) -> Measured | None:
-    """The mean over users, each user's seeds averaged first; None without users."""
+    """The mean over users, each user's seeds averaged first; None without users. A weighted F1 is of all texts of all
+    seeds."""
+    if "named" in rows.columns:
+        return _weighted_f1(rows)
     users = rows.group_by("user").agg(pl.col("value").mean()).sort("user")
     if users.is_empty():
         return None
@@ -66,6 +81,8 @@ def mean(rows: pl.DataFrame) -> Measured | None:
 def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     """a - b over the users that both have under the same seed; None without such users."""
     pairs = a.join(b, on=("user", "seed"), suffix="_b")
+    if "named" in pairs.columns:
+        return _weighted_f1(pairs, "named_b")
     return mean(pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value")))
 
 
@@ -76,6 +93,17 @@ def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     if users.is_empty() or users["value_b"].sum() == 0:
         return None
     return Measured(len(users), ratio_of_means(users["value"].to_numpy(), users["value_b"].to_numpy()))
+
+
+def _weighted_f1(rows: pl.DataFrame, against: str | None = None) -> Measured | None:
+    """Of the labels in "named", or their lead over those in ``against``; the users are resampled, with all seeds."""
+    if rows.is_empty():
+        return None
+    users = rows["user"].rank("dense").to_numpy().astype(int) - 1
+    targets = rows["target"].to_list()
+    sides = ["named"] if against is None else ["named", against]
+    counts = [LabelCounts.of_names(targets, rows[side].to_list(), users) for side in sides]
+    return Measured(int(users.max()) + 1, weighted_f1(*counts))
 
 
 def _lowest(between: Measured) -> float:
