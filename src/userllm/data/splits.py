@@ -144,8 +144,8 @@ def _unseen_items(dataset: Dataset, config: SplitConfig) -> Split:
     asked = unseen_items(dataset, config.unseen)[first]
     if not asked.any() or asked.all():
         raise UserError(
-            f"{dataset.folder}: no user has {config.min_events} events of items that are {'seen' if asked.any() else 'unseen'}; "
-            "change split.unseen, or lower split.min_events"
+            f"{dataset.folder}: no user has {config.min_events} events of items that are "
+            f"{'seen' if asked.any() else 'unseen'}; change split.unseen, or lower split.min_events"
         )
     n = lengths[users]
     return Split(

@@ -215,7 +215,8 @@ class OpenEvaluator:
             }
             if labels is not None:
                 columns |= {"target": labels(texts.targets), "named": labels(said)}
-            frames.append(pl.DataFrame(columns))
+            schema = {"target": pl.List(pl.String), "named": pl.List(pl.String)}  # also where nothing is named
+            frames.append(pl.DataFrame(columns, schema_overrides=schema if labels is not None else None))
         return pl.concat(frames)
 
     def as_lines(self, texts: Texts) -> list[dict[str, Any]]:
