@@ -81,10 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments. Settings (a.b=c) may also follow an option: argparse alone takes only those that
+    stand together. Raises UserError for what it does not know."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings_left = hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)
+    if rest and not settings_left:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments.command(arguments)
