@@ -90,10 +90,11 @@ def test_a_run_that_asks_for_genres_alone(userllm, work):
 
 def test_a_run_about_items_that_training_never_met(userllm, work):
     genres = "tasks={genres: {kind: genre_preference, prompt: 'Which genres?'}}"
-    unseen = ["split={kind: unseen_items, unseen: 0.4, min_events: 3}", "pretrain=null", genres, "name=unseen"]
+    unseen = ["split={kind: unseen_items, unseen: 0.6, min_events: 3}", "evaluation.users=null"]
+    unseen += ["pretrain=null", genres, "name=unseen"]
     said = userllm("run", "config.yaml", *SETTINGS, *unseen, cwd=work)
     assert said.code == 0, said.err
-    assert "unseen_items (min_events 3, 0.4 of the items unseen)" in said.out
+    assert "unseen_items (min_events 3, 0.6 of the items unseen)" in said.out
     run = work / "runs/unseen"
     told = pl.read_parquet(run / "per_user.parquet")
     assert told["user"].str.ends_with(" (unseen items)").all()

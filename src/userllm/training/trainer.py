@@ -56,9 +56,6 @@ class OptimizationConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """"adafactor": T5's own, whose steps are a share of each weight matrix's own size. T5's embeddings are of size 13,
     its other weights of .05 to 2: no one rate of AdamW suits them and what is projected among them."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products in training; weights, sums and evaluations stay float32 (ours). On processors with
-    bfloat16 instructions a step of a T5 takes half the time."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -292,5 +289,5 @@ def training_arguments(
         dataloader_num_workers=0,
         disable_tqdm=not os.isatty(2),
         optim="adafactor" if config.optimizer == "adafactor" else "adamw_torch",
-        bf16=config.precision == "bfloat16",
+        bf16=False,
     )
