@@ -87,7 +87,10 @@ def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
 
 
 def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
-    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, or where b is 0."""
+    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, where b is 0, or of
+    weighted F1s, which are no means."""
+    if "named" in a.columns or "named" in b.columns:
+        return None
     pairs = a.join(b, on=("user", "seed"), suffix="_b").group_by("user")
     users = pairs.agg(pl.col("value").mean(), pl.col("value_b").mean()).sort("user")
     if users.is_empty() or users["value_b"].sum() == 0:

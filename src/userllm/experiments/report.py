@@ -13,6 +13,7 @@ from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.comparison import (
     LOG_LIKELIHOOD,
+    WEIGHTED_F1,
     Decided,
     Measured,
     decide,
@@ -28,9 +29,13 @@ from userllm.report.figures import data_uri, save_png
 from userllm.report.html import page_template
 from userllm.report.markdown import escape
 
-METRICS = {"next_item": "recall@10", "favorite_genre": "recall@1"}
+METRICS = {"next_item": "recall@10", "favorite_genre": "recall@1", "genre_preference": WEIGHTED_F1}
 """The metric shown first, by task; any other task's is recall@1."""
-TASKS = {"next_item": "Next item", "favorite_genre": "Favourite genre"}
+TASKS = {
+    "next_item": "Next item",
+    "favorite_genre": "Favourite genre",
+    "genre_preference": "Genre preference",
+}
 
 
 @dataclass
@@ -99,7 +104,8 @@ def _figures(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> di
     figures = {
         task: rows_figure(experiment, cells, task, METRICS.get(task, "recall@1")) for task in _tasks(cells)
     }
-    lengths = length_figure(experiment, cells, "next_item", METRICS["next_item"])
+    first = next(iter(experiment.base["tasks"]))
+    lengths = length_figure(experiment, cells, first, METRICS.get(first, "recall@1"))
     return figures | ({} if lengths is None else {"lengths": lengths})
 
 
@@ -235,9 +241,11 @@ def _costs(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> Tabl
     for group, chosen in _grouped(experiment, cells):
         for cell in chosen:
             seen = [one.metrics for one in cells[cell.name]]
+            kept = [m["knowledge"] for m in seen if m["knowledge"] is not None]  # a T5 continues no texts
             perplexity = " / ".join(
-                f"{_mean([m['knowledge'][reader]['perplexity'] for m in seen]):,.1f}"
+                f"{_mean([knows[reader]['perplexity'] for knows in kept]):,.1f}"
                 for reader in ("base", "without_user", "with_users")
+                if kept
             )
             table.rows.append(
                 [
@@ -251,7 +259,7 @@ def _costs(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> Tabl
                     ),
                     f"{_mean([prompt_tokens(one) for one in cells[cell.name]]):,.0f}",
                     f"{_mean([m['peak_rss_mb'] for m in seen]):,.0f}",
-                    perplexity,
+                    perplexity or "–",
                 ]
             )
     return table
