@@ -141,7 +141,7 @@ def test_a_batch_without_an_answer_is_not_an_error(make_user_llm, dataset, split
 
 
 def test_adafactors_steps_are_a_share_of_each_weights_size(make_user_llm, dataset, split, stored, tmp_path):
-    model = make_user_llm("lora", stir=False)
+    model = make_user_llm("lora")
     model.user_tokens.recency.weight.data.mul_(1000)
     config = OptimizationConfig(optimizer="adafactor", learning_rate=0.01, warmup=0.0)
     batches = ExampleBatches(model, dataset, split, stored, ContextualizeConfig(steps=1), 0)
