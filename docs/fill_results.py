@@ -139,7 +139,7 @@ def genres_block(task: str = "genre_preference") -> str | None:
     runs: dict[str, Any] = {name: json.loads(file.read_text()) for name, file in files.items()}
     entries = {name: run["tasks"][task] for name, run in runs.items()}
     uem, text = (runs[name] for name in files)
-    asked = {(entry["n"], run["split"]["fingerprint"]) for run, entry in zip(runs.values(), entries.values(), strict=True)}  # fmt: skip
+    asked = {(entries[name]["n"], run["split"]["fingerprint"]) for name, run in runs.items()}
     if len(asked) > 1:
         raise SystemExit("UEM and the text history were not asked about the same users")
     first = entries["uem-movielens-1m"]
@@ -161,9 +161,9 @@ def genres_block(task: str = "genre_preference") -> str | None:
     ]
     lines += [
         "",
-        f"UEM leads the text history by {lead:+.3f}; the paper reports leads of up to .21 and .25, with larger language "
-        f"models and more examples. Over another user's history: {interval(first['gain_nats']['over_shuffled'])} nats an "
-        f"answer. Training: {cost[0]} (UEM), {cost[1]} (text).",
+        f"UEM leads the text history by {lead:+.3f}; the paper reports leads of up to .21 and .25, with larger "
+        "language models and more examples. Over another user's history: "
+        f"{interval(first['gain_nats']['over_shuffled'])} nats an answer. Training: {cost[0]} (UEM), {cost[1]} (text).",
         "",
         f"95 % intervals, users resampled. Commits {uem['commit'][:12]} and {text['commit'][:12]}, {uem['date']}, "
         f"{uem['hardware']}. {uem['dataset']['name']} fingerprint {uem['dataset']['fingerprint'][:12]}, split "
@@ -414,8 +414,8 @@ def main() -> None:
             "sentence_embeddings",
             "python benchmarks/bench_sentence_embeddings.py",
             lambda r: [
-                f"Over `SentenceTransformer.encode`: {spread(r['ratio'])}. {r['encoder']}, {r['texts']} of the catalogue's "
-                f"{r['distinct_texts']:,} texts, by CPU time; the largest difference between two vectors is "
+                f"Over `SentenceTransformer.encode`: {spread(r['ratio'])}. {r['encoder']}, {r['texts']} of the "
+                f"catalogue's {r['distinct_texts']:,} texts, by CPU time; the largest difference between two vectors is "
                 f"{r['largest_difference']:.0e}. Each text serves {r['events_per_text']:.0f} look-ups of the events."
             ],
         ),

@@ -29,7 +29,12 @@ from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.synthetic import (
+    RELEASE,
+    REVIEWS,
+    prepare_synthetic,
+    prepare_synthetic_reviews,
+)
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -103,8 +108,13 @@ class Run:
                         folder = self.folder / "dataset" if own else folder
                         if data.release == RELEASE:
                             prepare_synthetic(folder)
+                        elif data.release == REVIEWS:
+                            prepare_synthetic_reviews(folder)
                         else:
-                            prepare(str(data.release), data.path, folder, descriptions=data.descriptions)
+                            prepare(
+                                str(data.release), [str(data.path)] if data.path else [], folder,
+                                descriptions=data.descriptions, reviews=data.reviews,
+                            )  # fmt: skip
                 used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
                 _write(self.folder / "dataset.json", json.dumps(used))
         self.dataset = Dataset.open(self._dataset_folder())
@@ -199,12 +209,12 @@ class Run:
                     name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
                     for name in tasks
                 }
-                entries, told = self._evaluate_texts(model, evaluator.users)
-                tasks |= entries
+                written, of_texts = self._evaluate_texts(model, evaluator.users)
+                tasks |= written
                 examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
                 _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                per_user = pl.concat([evaluator.per_user(), *told], how="diagonal")
-                per_user.write_parquet(self.folder / "per_user.parquet")
+                rows = pl.concat([evaluator.per_user(), *of_texts], how="diagonal")
+                rows.write_parquet(self.folder / "per_user.parquet")
                 metrics = self._metrics(model, tasks, evaluator)
                 metrics["knowledge"] = self._knowledge(model, evaluator)
                 _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
@@ -328,11 +338,11 @@ class Run:
     def _evaluate_texts(
         self, model: UserLLM, users: EvaluatedUsers
     ) -> tuple[dict[str, Any], list[pl.DataFrame]]:
-        """Entries of the tasks that are answered in free text, and what everybody was told; the texts themselves go to
-        texts/TASK.jsonl."""
+        """Entries of the tasks that are answered in free text, and each task's numbers by user; the texts themselves
+        go to texts/TASK.jsonl."""
         config, seed = self.config.evaluation, self.config.seed
         evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
-        entries, told = {}, []
+        entries, rows = {}, []
         for name in model.open_tasks:
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
@@ -343,8 +353,8 @@ class Run:
             if isinstance(task, GenrePreference):
                 entries[name] |= self._label_entries(task, texts)
                 labels = LabelScores(task).names
-            told.append(evaluator.per_user(name, texts, labels))
-        return entries, told
+            rows.append(evaluator.per_user(name, texts, labels))
+        return entries, rows
 
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
         """Answers that are the same for everyone, which join the texts, and every system's scores label by label."""
@@ -357,10 +367,9 @@ class Run:
         }
         entries: dict[str, Any] = {"labels": labels}
         for system, text in scores.constants([one.target for one in training if one is not None]).items():
-            said = [text] * len(texts.targets)
-            measured = scores(texts.targets, said)
+            texts.written[system, "greedy"] = [text] * len(texts.targets)
+            texts.measured[system] = measured = dict(scores(texts.targets, texts.written[system, "greedy"]))
             entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]
-            texts.written[system, "greedy"] = said
         return entries
 
     def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:

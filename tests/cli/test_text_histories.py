@@ -99,7 +99,9 @@ def test_a_run_about_items_that_training_never_met(userllm, work):
     told = pl.read_parquet(run / "per_user.parquet")
     assert told["user"].str.ends_with(" (unseen items)").all()
     assert json.loads((run / "metrics.json").read_text())["split"]["kind"] == "unseen_items"
-    assert not (Dataset.open(run / "unseen_items").folder / "sentences").exists()  # the store of the whole is read
+    assert not (
+        Dataset.open(run / "unseen_items").folder / "sentences"
+    ).exists()  # the store of the whole is read
     said = userllm("run", "config.yaml", *SETTINGS, *unseen, cwd=work)
     assert said.out.count("skipped") == 4
 

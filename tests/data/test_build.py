@@ -11,6 +11,7 @@ from userllm.data.build import DatasetBuilder, EventBatch, bytes_of
 from userllm.data.card import FieldSpec, RowCounts, Source
 from userllm.data.count_filters import CountFilters
 from userllm.data.numbering import Numbering
+from userllm.data.sources import table
 from userllm.data.sources.table import append_table, prepare_table
 from userllm.data.sources.table_config import TableConfig
 from userllm.data.store import Dataset
@@ -108,17 +109,50 @@ def test_somebody_else_replaced_the_dataset_meanwhile(tmp_path, monkeypatch):
     log.write_text("u,i,t\na,x,1\n")
     config = TableConfig(path=[str(log)], user="u", item="i", time="t")
     prepare_table(config, tmp_path / "out")
-    finish = DatasetBuilder.finish
 
-    def late(self, **settings):
-        monkeypatch.setattr(DatasetBuilder, "finish", finish)
+    def late(*given, **settings):
+        monkeypatch.undo()
         prepare_table(config, tmp_path / "out")
-        return finish(self, **settings)
+        return DatasetBuilder(*given, **settings)
 
-    monkeypatch.setattr(DatasetBuilder, "finish", late)
+    monkeypatch.setattr(table, "DatasetBuilder", late)
     with pytest.raises(UserError, match="was changed meanwhile by another command"):
         append_table(tmp_path / "out", [str(log)])
     assert Dataset.open(tmp_path / "out").num_events == 1
+
+
+def test_one_command_at_a_time_writes_a_dataset(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("u,i,t\na,x,1\n")
+    config = TableConfig(path=[str(log)], user="u", item="i", time="t")
+    for _ in range(2):  # of a new dataset, and of one that is there
+        with DatasetBuilder(tmp_path / "out", FIELDS):
+            with pytest.raises(UserError, match=r"out: another command is writing it"):
+                prepare_table(config, tmp_path / "out")
+            prepare_table(config, tmp_path / "out.2")
+        prepare_table(config, tmp_path / "out")
+    with (
+        DatasetBuilder(tmp_path / "out", FIELDS),
+        pytest.raises(UserError, match="another command is writing"),
+    ):
+        append_table(tmp_path / "out", [str(log)])
+    assert append_table(tmp_path / "out", [str(log)]).num_events == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out", "out.2"]
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("u,i,t\na,x,1\n")
+    for name in (".out.unfinished-abc", ".out.2.unfinished-abc", ".out.mine"):
+        (tmp_path / name / "files").mkdir(parents=True)
+    (tmp_path / ".out.lock").touch()
+    prepare_table(TableConfig(path=[str(log)], user="u", item="i", time="t"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".out.2.unfinished-abc",
+        ".out.mine",
+        "log.csv",
+        "out",
+    ]
 
 
 def test_sizes():

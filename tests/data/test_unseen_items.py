@@ -45,7 +45,11 @@ def test_who_trains_and_who_is_asked(dataset, tmp_path):
     rows = split.examples("test")
     assert rows[:, 0].tolist() == split.users[asked].tolist()
     assert (rows[:, 2] == moved.lengths[rows[:, 0]] - 1).all()
-    met = {item for user in split.users[~asked] for item in moved.events["item"][slice(*moved.offsets[user : user + 2])]}
+    met = {
+        item
+        for user in split.users[~asked]
+        for item in moved.events["item"][slice(*moved.offsets[user : user + 2])]
+    }
     shown = {
         item
         for user, start, stop in rows + moved.offsets[rows[:, 0]][:, None] * [0, 1, 1]

@@ -77,7 +77,9 @@ def test_a_lead_in_weighted_f1_is_of_the_same_users_with_their_texts_added_up():
     true = rng.random((300, 3)) < [0.7, 0.4, 0.1]
     good, poor = true ^ (rng.random((300, 3)) < 0.1), true ^ (rng.random((300, 3)) < 0.3)
     by_name = [[["a", "b", "c"][n] for n in np.flatnonzero(row)] for row in true]
-    said = [[[*"abc"][n] for n in np.flatnonzero(row)] + ["z"] for row in good]  # no target has a z: it weighs nothing
+    said = [
+        [[*"abc"][n] for n in np.flatnonzero(row)] + ["z"] for row in good
+    ]  # no target has a z: it weighs nothing
     users = np.arange(300)
     alone = weighted_f1(LabelCounts.of_names(by_name, said, users))
     assert alone.value == pytest.approx(f1_score(true, good, average="weighted"))
@@ -87,7 +89,9 @@ def test_a_lead_in_weighted_f1_is_of_the_same_users_with_their_texts_added_up():
     apart = ((alone.high - alone.low) ** 2 + (other.high - other.low) ** 2) ** 0.5
     assert 0 < lead.low < lead.value < lead.high and lead.high - lead.low < apart
     two = weighted_f1(LabelCounts.of_names(by_name, said, users // 2))
-    assert two.value == pytest.approx(alone.value) and two.low != alone.low  # pairs of texts are drawn together
+    assert (
+        two.value == pytest.approx(alone.value) and two.low != alone.low
+    )  # pairs of texts are drawn together
 
 
 def test_measures_table_and_baselines(task):

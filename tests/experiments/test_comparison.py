@@ -61,7 +61,9 @@ def test_a_ratio_is_of_means_over_the_users_that_both_answered_for(make_cell):
 @pytest.fixture
 def make_labels(tmp_path):
     def make(name, named, seed=0, targets=None):
-        targets = [["Drama"], ["Comedy", "Drama"], ["Action"]] * (len(named) // 3) if targets is None else targets
+        targets = (
+            [["Drama"], ["Comedy", "Drama"], ["Action"]] * (len(named) // 3) if targets is None else targets
+        )
         frame = pl.DataFrame(
             {
                 "task": ["genres"] * len(named),

@@ -132,7 +132,7 @@ def _leave_last_out(dataset: Dataset, config: SplitConfig) -> Split:
 
 
 def _unseen_items(dataset: Dataset, config: SplitConfig) -> Split:
-    """Of a dataset with these events apart: who has unseen items is test; of all others the last event is validation."""
+    """Of a dataset with these events apart: who has unseen items is asked, of others the last event is validation."""
     if not 0 < config.unseen < 1 or config.min_events < 3:
         raise UserError(
             f"split.unseen is {config.unseen:g}, split.min_events {config.min_events}; unseen_items needs a share "

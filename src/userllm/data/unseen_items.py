@@ -33,7 +33,8 @@ def unseen_items(dataset: Dataset, share: float) -> np.ndarray:
 def apart(dataset: Dataset, share: float, folder: Path) -> Dataset:
     """The dataset with everybody's events of unseen items apart, in ``folder``; what was made of the same one before
     is used again."""
-    source = Source("unseen items", f"{dataset.card.name}, {share:g} of the items apart", "", dataset.card.fingerprint, "")  # fmt: skip
+    what = f"{dataset.card.name}, {share:g} of the items apart"
+    source = Source("unseen items", what, "", dataset.card.fingerprint, "")
     if (folder / "card.json").is_file() and (made := Dataset.open(folder)).card.source == source:
         return made
     owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)

@@ -22,9 +22,9 @@ from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import UserEncoder
+from userllm.encoders import DualEncoder, UserEncoder
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
-from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
+from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, label_ranks, rank_of, seen_items
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
@@ -46,7 +46,8 @@ class ClosedEvaluator:
     """Evaluates the closed tasks of a model on one part of a split.
 
     encoder: the encoder as stage 1 left it, whose own full-catalogue ranking, if it can do that, is a baseline (stage 2
-    trains the model's copy for the language model, without its output heads).
+    trains the model's copy for the language model, without its output heads). So is a dual encoder's ranking of the
+    labels it was trained on.
     """
 
     def __init__(
@@ -97,10 +98,13 @@ class ClosedEvaluator:
         else:
             counts = answer_counts(task, self.dataset, self.split, window)
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+            if isinstance(self.encoder, DualEncoder) and self.encoder.config.label == task.config.field:
+                systems["encoder"] = Answered(*label_ranks(self.encoder, self.stored, rows, targets))
             if task.config.field in self.stored.collator.vocabulary:
                 systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
         self.answered[name] = rows[:, 0], systems
-        return self._entry(len(rows), systems)
+        rule = {} if task.tie_rule is None else {"tie_rule": task.tie_rule}
+        return self._entry(len(rows), systems) | rule
 
     def per_user(self) -> pl.DataFrame:
         """What every system said about every user so far: task, user (raw id), system, rank, log_likelihood.

@@ -89,7 +89,12 @@ class LabelCounts:
         """From labels by name, one text each, added up by user [texts], 0..n-1. Labels that no target has weigh
         nothing in a weighted mean, and are left out."""
         labels = sorted({label for target in targets for label in target})
-        true, said = (np.array([[label in one for label in labels] for one in texts], dtype=bool).reshape(-1, len(labels)) for texts in (targets, named))  # fmt: skip
+        true, said = (
+            np.array([[label in one for label in labels] for one in texts], dtype=bool).reshape(
+                -1, len(labels)
+            )
+            for texts in (targets, named)
+        )
         each = cls.of(true, said)
         summed = [np.zeros((int(users.max(initial=-1)) + 1, len(labels))) for _ in range(3)]
         for table, rows in zip(summed, (each.hit, each.has, each.got), strict=True):
@@ -125,9 +130,7 @@ def weighted_f1(
     A weighted F1 is no mean of users' own values, so the users are resampled and both sides computed anew each time,
     on the same users.
     """
-    weights = np.concatenate(
-        [np.ones((1, len(counts.has))), _resampled(len(counts.has), resamples, seed)]
-    )
+    weights = np.concatenate([np.ones((1, len(counts.has))), _resampled(len(counts.has), resamples, seed)])
     scores = counts.scores(weights)[2]
     if against is not None:
         scores = scores - against.scores(weights)[2]

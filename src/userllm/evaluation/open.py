@@ -41,7 +41,7 @@ RIVALS = {"over_shuffled": "user_llm_shuffled", "over_no_user": "no_user"}
 @dataclass
 class Texts:
     """What was asked and written: user rows [n, 3], examples [n], texts by system and decoding (of the first users
-    only, perhaps), losses by system."""
+    only, perhaps), losses by system; and what was measured of the texts, by system and metric."""
 
     rows: np.ndarray
     examples: list[TextExample]
@@ -50,6 +50,7 @@ class Texts:
     read: dict[str, np.ndarray] = field(default_factory=dict)
     """By system, tokens the LM reads before its answer, soft prompts included [n]."""
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    measured: dict[str, dict[str, np.ndarray | Estimate | float]] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[str]:
@@ -88,8 +89,8 @@ class OpenEvaluator:
         places = np.flatnonzero([example is not None for example in asked])
         most = self.config.text.users
         if most is not None and most < len(places):
-            rng = np.random.default_rng([self.seed, 17])
-            places = np.sort(rng.choice(places, most, replace=False))
+            order = np.random.default_rng([self.seed, 17]).permutation(len(places))
+            places = np.sort(places[order[:most]])  # a smaller sample lies inside every larger one
         if len(places) < 2:
             raise UserError(f"evaluation of {name}: {len(places)} users have a text; it takes at least two")
         texts = Texts(rows[places], [example for p in places if (example := asked[p]) is not None])
@@ -147,7 +148,7 @@ class OpenEvaluator:
         return lengths + (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
 
     def measure(self, texts: Texts, metrics: Sequence[TextMetric]) -> dict[str, Any]:
-        """The entry of a task in metrics.json.
+        """The entry of a task in metrics.json; what it was made from stays in ``texts.measured``.
 
         Systems are called as with closed tasks; those with drawn texts end in "_sampled", and "target" is what the
         users wrote themselves. ``gain`` compares the greedy texts pair by pair, ``gain_nats`` the likelihoods.
@@ -161,7 +162,7 @@ class OpenEvaluator:
             },
             "whole": {},
         }
-        measured = {
+        texts.measured = measured = {
             _called(system, decoding): _measured(texts.targets[: len(said)], said, metrics)
             for (system, decoding), said in texts.written.items()
         }
@@ -196,28 +197,28 @@ class OpenEvaluator:
         return entry
 
     def per_user(
-        self, name: str, texts: Texts, labels: Callable[[Sequence[str]], list[list[str]]] | None
+        self, name: str, texts: Texts, labels: Callable[[Sequence[str]], list[list[str]]] | None = None
     ) -> pl.DataFrame:
-        """What every system said to every user of a task, in the columns of ``ClosedEvaluator.per_user``.
+        """What was measured of every text: task, user (raw id), system, log_likelihood, and a column per metric that
+        has one number per text; null where a system has no likelihood. Call ``measure`` first.
 
-        There is no rank. labels: the labels that texts name; then columns "target" and "named" hold them.
+        labels: those that texts name; then "target" and "named" hold the labels of a user's target and text.
         """
-        users = [self.dataset.user_ids[row] for row in texts.rows[:, 0].tolist()]
-        frames = []
-        for (system, decoding), said in texts.written.items():
-            if decoding != "greedy":
-                continue
-            columns = {
-                "task": [name] * len(users),
-                "user": users,
-                "system": [system] * len(users),
-                "log_likelihood": -texts.nats[system] if system in texts.nats else np.full(len(users), np.nan),
-            }
+        ids = np.array(self.dataset.user_ids)[texts.rows[:, 0]]
+        said = {"target": texts.targets} | {_called(*key): one for key, one in texts.written.items()}
+        parts = []
+        for system, values in texts.measured.items():
+            columns = {metric: value for metric, value in values.items() if isinstance(value, np.ndarray)}
+            if system in texts.nats:
+                columns["log_likelihood"] = -texts.nats[system]
+            n = len(said[system])  # the first users only, perhaps
+            facts: dict[str, Any] = {"task": [name] * n, "user": ids[:n].tolist(), "system": [system] * n}
+            frame = pl.DataFrame(facts | columns)
             if labels is not None:
-                columns |= {"target": labels(texts.targets), "named": labels(said)}
-            schema = {"target": pl.List(pl.String), "named": pl.List(pl.String)}  # also where nothing is named
-            frames.append(pl.DataFrame(columns, schema_overrides=schema if labels is not None else None))
-        return pl.concat(frames)
+                named = {"target": labels(texts.targets[:n]), "named": labels(said[system])}
+                frame = frame.hstack(pl.DataFrame(named, schema=dict.fromkeys(named, pl.List(pl.String))))
+            parts.append(frame)
+        return pl.concat(parts, how="diagonal")
 
     def as_lines(self, texts: Texts) -> list[dict[str, Any]]:
         """One record per user: prompt, target and every system's text."""

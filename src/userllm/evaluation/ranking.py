@@ -11,7 +11,7 @@ from torch import Tensor
 
 from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
-from userllm.encoders import UserEncoder
+from userllm.encoders import DualEncoder, UserEncoder
 
 
 def seen_items(dataset: Dataset, rows: np.ndarray) -> Tensor:
@@ -69,6 +69,30 @@ def encoder_ranks(
         target = target_items(dataset, rows[part]).to(device)
         excluded = seen_items(dataset, rows[part]).to(device) if exclude_seen else None
         ranks[part] = rank_of(scores, target, excluded).cpu().numpy()
+        logliks[part] = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0].cpu().numpy()
+    encoder.train(was_training)
+    return ranks, logliks
+
+
+@torch.no_grad()
+def label_ranks(
+    encoder: DualEncoder, stored: StoredHistories, rows: np.ndarray, targets: Tensor, batch: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rank of the true value of the field that a dual encoder's label tower knows [n], and its log-likelihood [n].
+
+    targets [n]: values by their place in the vocabulary. The tower has learned which values the *next event* has, and
+    is asked which one the history has most: the Dual Encoder baseline of the favourite category (User-LLM section
+    4.3.2; what exactly the paper's predicts is not said).
+    """
+    device = next(encoder.parameters()).device
+    ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
+    was_training = encoder.training
+    encoder.eval()
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        users, _ = encoder(stored.batch(rows[part]).to(device))
+        scores, target = encoder.label_scores(users), targets[part].to(device)
+        ranks[part] = rank_of(scores, target).cpu().numpy()
         logliks[part] = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0].cpu().numpy()
     encoder.train(was_training)
     return ranks, logliks

@@ -7,9 +7,9 @@ Each experiment is a YAML file in this folder, or anyone's own:
     base: {...}            a run configuration
     scales: {cpu: {settings: [a.b=c, ...], seeds: [0]}, ...}
     reference: CELL        the cell that the others are compared with
-    cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {TASK: [TABLE, ROW, COLUMN]}}}
-                           or NAME: OTHER_EXPERIMENT, the cell of that name there
-    curves: {SERIES: [CELL, ...]}  lines of a figure of score against history length (optional)
+    cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {PLACE: [TABLE, ROW, COLUMN]}}}
+                           or NAME: OTHER_EXPERIMENT, the cell of that name there; PLACE: see ``Published``
+    curves: {SERIES: [CELL, ...]}  lines of a figure of score against history length; the first one is User-LLM (optional)
     claims: [...]          what the papers say about these cells; see ``Claim``
     notes: [...]           where the protocol differs from the papers'
 
@@ -61,6 +61,38 @@ class Claim:
     """above: a - b lies wholly above 0; within: it lies wholly above ``-margin``."""
     margin: float = 0.0
 
+    @property
+    def sources(self) -> list[str]:
+        """The tables of ``source`` one by one: "v1 T12, T13" is v1 T12 and v1 T13."""
+        version, *_ = self.source.split(" ")
+        names = (name.strip() for name in self.source.split(","))
+        return [name if name.startswith(version) else f"{version} {name}" for name in names]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the papers that belongs beside a cell's.
+
+    In YAML its place is "TASK", "TASK:SYSTEM" (a system other than user_llm), either with " METRIC" behind it where it
+    is not the metric shown first; "prompt_tokens" instead of a task: tokens the language model reads.
+    """
+
+    task: str
+    system: str
+    metric: str | None
+    table: str
+    row: str
+    column: str
+
+    @classmethod
+    def read(cls, place: str, figure: Sequence[str]) -> Published:
+        """Raises ValueError for a place or a figure of another form."""
+        (task, *system), *metric = place.split()[0].split(":"), *place.split()[1:]
+        table, row, column = figure
+        if len(system) > 1 or len(metric) > 1:
+            raise ValueError(f"paper: {place!r} is not TASK[:SYSTEM] [METRIC]")
+        return cls(task, *(system or ["user_llm"]), *(metric or [None]), table, row, column)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -72,8 +104,8 @@ class Cell:
     settings: tuple[str, ...] = ()
     at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further settings by scale: costs differ by a hundred times, so a dear cell may answer for fewer users."""
-    paper: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    """By task, the papers' figure: table, row, column in paper.yaml."""
+    published: tuple[Published, ...] = ()
+    """The papers' figures of this cell."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +219,7 @@ def _cell(name: str, told: dict[str, Any] | str) -> Cell:
         group=told["group"],
         settings=tuple(told.get("settings", ())),
         at={scale: tuple(texts) for scale, texts in told.get("at", {}).items()},
-        paper={task: tuple(place) for task, place in told.get("paper", {}).items()},
+        published=tuple(Published.read(place, figure) for place, figure in told.get("paper", {}).items()),
     )
 
 

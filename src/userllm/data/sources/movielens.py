@@ -101,21 +101,23 @@ def prepare_movielens(
     if path is None:
         found = find_release(release)
         path, source = found.path, Source("movielens", found.where, found.file, found.sha256, found.served_by)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with opened(path, scratch=out.parent) as (layout, ratings, movies):
+    fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
+    with (
+        DatasetBuilder(out, fields, memory=memory) as builder,
+        opened(path, scratch=builder.scratch) as (layout, ratings, movies),
+    ):
         items = read_movies(layout, movies)
         if descriptions is not None:
             items = with_descriptions(items, descriptions)
-        fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
-        with DatasetBuilder(out, fields, items=items, memory=memory) as builder:
-            for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
-                builder.add_numbered(events)
-            if builder.counts.read == 0:
-                raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
-            if source is None:
-                file = path if path.is_file() else ratings.path
-                source = Source("movielens", str(path), file.name, sha256_of(file), "path")
-            builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
+        builder.add_items(items)
+        for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
+            builder.add_numbered(events)
+        if builder.counts.read == 0:
+            raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
+        if source is None:
+            file = path if path.is_file() else ratings.path
+            source = Source("movielens", str(path), file.name, sha256_of(file), "path")
+        builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
     return Dataset.open(out)
 
 

@@ -116,6 +116,10 @@ class LineBlocks:
                 self._rest = self._tail + self._rest
         self._file.close()
 
+    def close(self) -> None:
+        """Where the rest is not wanted."""
+        self._file.close()
+
     def put_back(self, tail: bytes) -> None:
         """The end of the block at hand will be read again with what follows it; not of the last block."""
         self._tail = tail
