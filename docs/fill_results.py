@@ -415,7 +415,7 @@ def main() -> None:
             "python benchmarks/bench_sentence_embeddings.py",
             lambda r: [
                 f"Over `SentenceTransformer.encode`: {spread(r['ratio'])}. {r['encoder']}, {r['texts']} of the "
-                f"catalogue's {r['distinct_texts']:,} texts, by CPU time; the largest difference between two vectors is "
+                f"catalogue's {r['distinct_texts']:,} texts, by CPU time; the largest difference between vectors is "
                 f"{r['largest_difference']:.0e}. Each text serves {r['events_per_text']:.0f} look-ups of the events."
             ],
         ),

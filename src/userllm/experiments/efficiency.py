@@ -42,7 +42,7 @@ def efficiency_section(benchmarks: Path) -> Section:
         section.about = (
             f"{told['events']} events, batches of {told['users']}, {told['lm']}; the same examples in one run. Encoder "
             f"and fusion are inside User-LLM's figures. Commit {told['commit'][:12]}, {told['date']}, "
-            f'{told["hardware"]}. The papers\' "FLOPs reduction" is the ratio of tokens alone.'
+            f"{told['hardware']}. The papers' \"FLOPs reduction\" is the ratio of tokens alone."
         )
         section.parts = _parts(told)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -54,14 +54,7 @@ def _parts(told: dict[str, Any]) -> list[Part]:
     table = Table(
         "Text Prompt against User-LLM, measured",
         "Tokens the LM reads, FLOPs by torch's counter, examples a second (median of repeated runs).",
-        [
-            "",
-            "LM tokens",
-            "FLOPs, training",
-            "FLOPs, answering",
-            "examples/s, training",
-            "examples/s, answering",
-        ],
+        ["", "LM tokens", "FLOPs, training", "FLOPs, answering", "examples/s, training", "examples/s, answering"],
     )
     for way, called in WAYS.items():
         flops, speed = told["flops_per_example"][way], told["median_examples_per_s"]
@@ -85,9 +78,7 @@ def _parts(told: dict[str, Any]) -> list[Part]:
             speed = told["speed_ratio"][part].get(way)
             row.append(f"{told['flops_ratio'][part][way]:.1f}")
             row.append(
-                NOTHING
-                if speed is None
-                else f"{speed['median']:.1f} [{speed['min']:.1f}, {speed['max']:.1f}]"
+                NOTHING if speed is None else f"{speed['median']:.1f} [{speed['min']:.1f}, {speed['max']:.1f}]"
             )
         times.rows.append(row)
     caption = "How many times less than Text Prompt's: LM tokens, FLOPs and time (logarithmic)."
@@ -95,7 +86,7 @@ def _parts(told: dict[str, Any]) -> list[Part]:
 
 
 _PAPER = (
-    'v1 T3: 700, 1,350 and 2,500 tokens against 32 at 50, 100 and 200 events, a "FLOPs reduction" of 21.9, 42.2 and '
+    "v1 T3: 700, 1,350 and 2,500 tokens against 32 at 50, 100 and 200 events, a \"FLOPs reduction\" of 21.9, 42.2 and "
     "78.1: exactly the ratio of the tokens, which leaves out encoder, Perceiver and cross-attention."
 )
 

@@ -174,17 +174,7 @@ def _overview(every: Sequence[Stored]) -> Section:
     table = Table(
         "Verdicts",
         "a - b: the paired difference with its 95 % interval. Both sides' figures stand in the experiments' sections.",
-        [
-            "Claim",
-            "Verdict",
-            "a - b",
-            "p",
-            "seeds on its side",
-            "users",
-            "Task, metric",
-            "Source",
-            "Experiment",
-        ],
+        ["Claim", "Verdict", "a - b", "p", "seeds on its side", "users", "Task, metric", "Source", "Experiment"],
     )
     counts: Counter[str] = Counter()
     for one in every:
@@ -207,9 +197,7 @@ def _overview(every: Sequence[Stored]) -> Section:
                 ]
             )
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("confirmed", "not confirmed", "not run"))
-    return Section(
-        "overview", "Verdicts", f"{counts.total()} claims: {said}.", [table.without_empty_columns()]
-    )
+    return Section("overview", "Verdicts", f"{counts.total()} claims: {said}.", [table.without_empty_columns()])
 
 
 def _of_experiment(one: Stored) -> Section:
@@ -220,12 +208,7 @@ def _of_experiment(one: Stored) -> Section:
         return section
     if missing := [name for name in experiment.cells if name not in one.cells]:
         section.parts.append(Notes([f"Cells not run: {', '.join(missing)}."]))
-    section.parts += [
-        *_figures(one, f"{experiment.name}-"),
-        tables.verdicts(one.decided),
-        *_tables(one),
-        *_texts(one),
-    ]
+    section.parts += [*_figures(one, f"{experiment.name}-"), tables.verdicts(one.decided), *_tables(one), *_texts(one)]
     return section
 
 
@@ -310,13 +293,7 @@ def _published(title: str, chosen: Sequence[PaperTable]) -> Section:
             [row, *(NOTHING if v is None else f"{v:g}" for v in values)] for row, values in paper.rows.items()
         ]
         parts.append(
-            Table(
-                f"Paper, {paper.name}",
-                f"{paper.title} ({paper.unit}).",
-                ["", *paper.columns],
-                rows,
-                folded=True,
-            )
+            Table(f"Paper, {paper.name}", f"{paper.title} ({paper.unit}).", ["", *paper.columns], rows, folded=True)
         )
     return Section("papers", title, about, parts)
 

@@ -22,13 +22,7 @@ REVIEWS = "synthetic-reviews"
 GENRES = ("Action", "Comedy", "Drama", "Horror", "Musical", "Western")
 KINDS = ("coat", "dress", "gown", "skirt")
 _MOODS = ("It fell apart.", "It hardly fits.", "It is fine.", "It fits well.", "I love it.")
-_PHRASES = (
-    "Warm and soft.",
-    "My sister agrees.",
-    "Worn at a wedding.",
-    "Too long for me.",
-    "Many compliments.",
-)
+_PHRASES = ("Warm and soft.", "My sister agrees.", "Worn at a wedding.", "Too long for me.", "Many compliments.")
 _WORDS = ("Silver", "River", "Night", "Garden", "Letter", "Winter", "Harbour", "Mirror", "Summer", "Tower")
 
 
