@@ -25,7 +25,7 @@ from userllm.report.wording import METRICS, SYSTEMS, TASKS, label
 Cells = Mapping[str, Sequence[FinishedCell]]
 """The finished cells of an experiment by name, one per seed."""
 
-SHOWN = {
+SHOWN: dict[str, tuple[str, ...]] = {
     "next_item": ("recall@10", "recall@1", "recall@5", "ndcg@10"),
     "favorite_category": ("recall@1", "recall@5"),
     "review": ("rougeLsum", "rouge1", "rouge2", "words"),
