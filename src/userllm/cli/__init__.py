@@ -6,6 +6,7 @@ A command imports what it needs only when it runs: ``--help`` and the ``data`` c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -102,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             arguments.command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        number = os.environ.get("RANK", "0")  # of several processes that a launcher started
+        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)

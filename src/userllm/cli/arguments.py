@@ -12,7 +12,6 @@ from userllm.errors import UserError
 if TYPE_CHECKING:
     from userllm.events import UserHistory
     from userllm.model import UserLLM
-    from userllm.pipeline import Run
 
 CONFIG_NOTE = """\
 CONFIG is a YAML file; a.b=c after it sets one value of it, for example
@@ -48,14 +47,22 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="of several processes: each trains with a share of the weights (FSDP2)",
+    )
 
 
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run of CONFIG [a.b=c ...]."""
+def go_through(arguments: argparse.Namespace, last: str) -> None:
+    """The stages of CONFIG [a.b=c ...] up to ``last``, together with the other processes where there are several."""
+    from userllm import processes
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    return Run(*load_config(arguments.config, arguments.overrides), arguments.runs)
+    config, plain = load_config(arguments.config, arguments.overrides)
+    Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked()).through(last)
+    processes.stop()
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -105,9 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     names = arguments.names
     if names == ["all"]:
-        names = [
-            name for name in experiment_names() if arguments.scale in load_experiment(name).scales
-        ]
+        names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
     experiments = [load_experiment(name) for name in names]
     launch = _in_this_process if arguments.scale == "smoke" else in_own_process
     runner = Runner(arguments.out, launch, keep=arguments.keep)

@@ -4,6 +4,9 @@ Every system answers the same examples. Next items already in a user's history a
 by the *true* user's history also where the model is given another one. Ranks come from a list of ``list_length``
 answers for the language model (a target outside the list counts as a miss) and from the full ranking elsewhere; the
 metrics look at the first ten places only, so that MRR means the same everywhere.
+
+Of several processes each answers for every so manieth batch of users, whole, and all of them get every answer: the
+numbers are those of one process.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from userllm import processes
 from userllm.baselines.own_history import own_most_frequent
 from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
@@ -164,32 +168,42 @@ class ClosedEvaluator:
         self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
     ) -> Answered:
         """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
-        task, device = self.model.closed_tasks[name], self.model.lm.device
         self.model.eval()
         ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
-        read = np.full(len(rows), len(self.model.question(name)))
-        invalid = 0
-        length = min(self.config.list_length, len(task.answers))
-        for start in range(0, len(rows), self.config.batch):
-            part = slice(start, start + self.config.batch)
-            batch = self.stored.batch(histories[part]).to(device)
-            users = self.model.context(batch)
-            if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
-                read[part] += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
-            target = targets[part].to(device)
-            excluded = None
-            possible = torch.full((len(target),), length)
-            if isinstance(task, NextItem) and self.config.exclude_seen:
-                excluded = seen_items(self.dataset, rows[part]).to(device)
-                # a repeated item still has to be found, as in rank_of
-                excluded.scatter_(1, target[:, None], False)
-                possible = (~excluded).sum(1).clamp_max(length)
-            found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
-            hit = found.answers == target[:, None]
-            ranks[part] = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
-            logliks[part] = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
-            invalid += count_invalid(found.answers, len(task.answers), possible)
+        read, invalid = np.zeros(len(rows), dtype=np.int64), 0
+        starts = range(0, len(rows), self.config.batch)
+        parts = [slice(start, start + self.config.batch) for start in starts]
+        said = processes.spread(
+            parts, lambda part: self._answers(name, rows[part], histories[part], targets[part])
+        )
+        for part, one in zip(parts, said, strict=True):
+            (ranks[part], logliks[part], read[part]), missing = one
+            invalid += missing
         return Answered(ranks, logliks, invalid, read)
+
+    def _answers(
+        self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
+    ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+        """The same for one batch: ranks, log-likelihoods and tokens read, and how many answers are invalid."""
+        task, device = self.model.closed_tasks[name], self.model.lm.device
+        length = min(self.config.list_length, len(task.answers))
+        users = self.model.context(self.stored.batch(histories).to(device))
+        read = np.full(len(rows), len(self.model.question(name)))
+        if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
+            read += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
+        target = targets.to(device)
+        excluded = None
+        possible = torch.full((len(target),), length)
+        if isinstance(task, NextItem) and self.config.exclude_seen:
+            excluded = seen_items(self.dataset, rows).to(device)
+            # a repeated item still has to be found, as in rank_of
+            excluded.scatter_(1, target[:, None], False)
+            possible = (~excluded).sum(1).clamp_max(length)
+        found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
+        hit = found.answers == target[:, None]
+        ranks = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
+        logliks = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
+        return (ranks, logliks, read), count_invalid(found.answers, len(task.answers), possible)
 
     def _fixed(
         self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor

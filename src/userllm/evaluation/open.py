@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -111,19 +112,16 @@ class OpenEvaluator:
     def _answer(self, most: int, texts: Texts, system: str, histories: np.ndarray | None) -> None:
         """Fill in what one system says, conditioned on ``histories`` (None: the base LM)."""
         self.model.eval()
-        nats, tokens, read = [], [], []
-        written: dict[str, list[str]] = {decoding: [] for decoding in self.decodings}
-        for start in range(0, len(texts.rows), self.config.batch):
+
+        def answer(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[str]]]:
+            written: dict[str, list[str]] = {}
             part = slice(start, start + self.config.batch)
             examples = texts.examples[part]
             prompts, targets = [e.prompt for e in examples], [e.target for e in examples]
             users = None
             if histories is not None:
                 users = self.model.context(self.stored.batch(histories[part]).to(self.model.lm.device))
-            nll, count = self.model.text_losses(prompts, targets, users, most)
-            nats.append(nll.double().cpu().numpy())
-            tokens.append(count.cpu().numpy())
-            read.append(self._tokens_read(prompts, users))
+            nll, tokens = self.model.text_losses(prompts, targets, users, most)
             for name, decoding in self.decodings.items():
                 count = len(examples)
                 if name == "sampled" and self.config.text.sampled_users is not None:
@@ -135,10 +133,17 @@ class OpenEvaluator:
                         else users.select(torch.arange(count, device=users.mask.device))
                     )
                     numbers = range(start, start + count)
-                    written[name] += self.model.write_texts(prompts[:count], some, decoding, numbers)
-        texts.nats[system], texts.read[system] = np.concatenate(nats), np.concatenate(read)
-        texts.tokens = np.concatenate(tokens)
-        texts.written |= {(system, decoding): said for decoding, said in written.items()}
+                    written[name] = self.model.write_texts(prompts[:count], some, decoding, numbers)
+            read = self._tokens_read(prompts, users)
+            return nll.double().cpu().numpy(), tokens.cpu().numpy(), read, written
+
+        # every batch by one process, whole, so that the texts are those of a single process
+        said = processes.spread(range(0, len(texts.rows), self.config.batch), answer)
+        texts.nats[system] = np.concatenate([nats for nats, *_ in said])
+        texts.tokens = np.concatenate([tokens for _, tokens, *_ in said])
+        texts.read[system] = np.concatenate([read for *_, read, _ in said])
+        for name in self.decodings:
+            texts.written[system, name] = [text for *_, written in said for text in written.get(name, [])]
 
     def _tokens_read(self, prompts: Sequence[str], users: UserContext | None) -> np.ndarray:
         asked = self.model.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
 from userllm.encoders import DualEncoder, UserEncoder
@@ -54,22 +55,28 @@ def encoder_ranks(
     """The encoder's rank of each true next item [n], and its log-likelihood in nats [n] over the catalogue.
 
     rows [n, 3]: (user, start, stop) as ``Split.examples`` gives them; a history without events is not allowed here.
-    Raises UserError for an encoder that cannot rank the catalogue by itself.
+    Batches are spread over the processes. Raises UserError for an encoder that cannot rank the catalogue by itself.
     """
     device = next(encoder.parameters()).device
     ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
     order = np.argsort(rows[:, 2] - rows[:, 1], kind="stable")  # alike lengths together
     was_training = encoder.training
     encoder.eval()
-    for start in range(0, len(rows), batch):
+
+    def answer(start: int) -> tuple[np.ndarray, np.ndarray]:
         part = order[start : start + batch]
         histories = stored.batch(rows[part]).to(device)
         everyone = torch.arange(len(part), device=device)
         scores = encoder.next_item_scores(histories, everyone, histories.lengths)
         target = target_items(dataset, rows[part]).to(device)
         excluded = seen_items(dataset, rows[part]).to(device) if exclude_seen else None
-        ranks[part] = rank_of(scores, target, excluded).cpu().numpy()
-        logliks[part] = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0].cpu().numpy()
+        log_p = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0]
+        return rank_of(scores, target, excluded).cpu().numpy(), log_p.cpu().numpy()
+
+    starts = range(0, len(rows), batch)
+    for start, (found, log_p) in zip(starts, processes.spread(starts, answer), strict=True):
+        part = order[start : start + batch]
+        ranks[part], logliks[part] = found, log_p
     encoder.train(was_training)
     return ranks, logliks
 

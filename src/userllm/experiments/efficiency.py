@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from userllm.errors import UserError
+from userllm.experiments.figures import plain_log_ticks
 from userllm.experiments.page import NOTHING, Notes, Part, Picture, Section, Table
 from userllm.report.figures import STYLE
 
@@ -42,7 +43,7 @@ def efficiency_section(benchmarks: Path) -> Section:
         section.about = (
             f"{told['events']} events, batches of {told['users']}, {told['lm']}; the same examples in one run. Encoder "
             f"and fusion are inside User-LLM's figures. Commit {told['commit'][:12]}, {told['date']}, "
-            f"{told['hardware']}. The papers' \"FLOPs reduction\" is the ratio of tokens alone."
+            f'{told["hardware"]}. The papers\' "FLOPs reduction" is the ratio of tokens alone.'
         )
         section.parts = _parts(told)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -54,7 +55,14 @@ def _parts(told: dict[str, Any]) -> list[Part]:
     table = Table(
         "Text Prompt against User-LLM, measured",
         "Tokens the LM reads, FLOPs by torch's counter, examples a second (median of repeated runs).",
-        ["", "LM tokens", "FLOPs, training", "FLOPs, answering", "examples/s, training", "examples/s, answering"],
+        [
+            "",
+            "LM tokens",
+            "FLOPs, training",
+            "FLOPs, answering",
+            "examples/s, training",
+            "examples/s, answering",
+        ],
     )
     for way, called in WAYS.items():
         flops, speed = told["flops_per_example"][way], told["median_examples_per_s"]
@@ -78,7 +86,9 @@ def _parts(told: dict[str, Any]) -> list[Part]:
             speed = told["speed_ratio"][part].get(way)
             row.append(f"{told['flops_ratio'][part][way]:.1f}")
             row.append(
-                NOTHING if speed is None else f"{speed['median']:.1f} [{speed['min']:.1f}, {speed['max']:.1f}]"
+                NOTHING
+                if speed is None
+                else f"{speed['median']:.1f} [{speed['min']:.1f}, {speed['max']:.1f}]"
             )
         times.rows.append(row)
     caption = "How many times less than Text Prompt's: LM tokens, FLOPs and time (logarithmic)."
@@ -86,15 +96,16 @@ def _parts(told: dict[str, Any]) -> list[Part]:
 
 
 _PAPER = (
-    "v1 T3: 700, 1,350 and 2,500 tokens against 32 at 50, 100 and 200 events, a \"FLOPs reduction\" of 21.9, 42.2 and "
+    'v1 T3: 700, 1,350 and 2,500 tokens against 32 at 50, 100 and 200 events, a "FLOPs reduction" of 21.9, 42.2 and '
     "78.1: exactly the ratio of the tokens, which leaves out encoder, Perceiver and cross-attention."
 )
 
 
 def _figure(told: dict[str, Any]) -> Figure:
     read = told["lm_tokens"]
-    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    style: dict[Any, Any] = STYLE | {"axes.grid.axis": "x"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         names, values, colours = [], [], []
@@ -111,6 +122,7 @@ def _figure(told: dict[str, Any]) -> Figure:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
         axes.set_xlim(right=max(values) * 2)
         axes.set_xlabel("times less than Text Prompt")
     return figure

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.comparison import LOG_LIKELIHOOD, Measured, difference, mean, per_user
@@ -20,7 +21,7 @@ from userllm.report.figures import INK, STYLE
 from userllm.report.wording import METRICS
 
 _COLOURS = ("#1f5fa8", "#d9a13b", "#2f8f83", "#b58bc4", "#9aa1ab", "#a4483f")
-_WIDTH = 6.4
+_WIDTH = 5.4
 _NOT_FUSED = "#f0f1f3"
 
 
@@ -38,7 +39,8 @@ def rows_figure(
         else difference(per_user(cells[name], task, "user_llm", LOG_LIKELIHOOD), base)
         for name in names
     ]
-    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+    style: dict[Any, Any] = STYLE | {"axes.grid.axis": "x"}
+    with matplotlib.rc_context(style):
         figure = _figure(1.2 + 0.32 * len(names))
         left, right = figure.subplots(1, 2, sharey=True)
         _intervals(left, scores)
@@ -65,8 +67,9 @@ def length_figure(
     with matplotlib.rc_context(STYLE):
         figure = _figure(6.4 + 0.3 * ((len(curves) + 1) // 2))
         by_events, by_tokens = figure.subplots(2, 1, sharey=True)
-        for number, (series, done) in enumerate(curves.items()):
-            colour = _COLOURS[number % len(_COLOURS)]
+        methods = list(dict.fromkeys(series.split(",")[0] for series in curves))
+        for series, done in curves.items():  # a colour for each method, dashed where the LM is tuned
+            colour = _COLOURS[methods.index(series.split(",")[0]) % len(_COLOURS)]
             scores = [mean(per_user(one, task, "user_llm", metric)) for one in done]
             for axis, place in ((by_events, events_shown), (by_tokens, prompt_tokens)):
                 points = [
@@ -80,9 +83,11 @@ def length_figure(
                 axis.vlines(
                     x, [e.low for _, e in points], [e.high for _, e in points], color=colour, alpha=0.5
                 )
+        by_events.set_xticks(sorted({events_shown(one[0]) for done in curves.values() for one in done}))
         by_events.set_xlabel("events of the history")
         by_tokens.set_xlabel("tokens the language model reads before its answer")
         by_tokens.set_xscale("log")
+        plain_log_ticks(by_tokens.xaxis)
         for axis in (by_events, by_tokens):
             axis.set_ylabel(METRICS.get(metric, metric))
             axis.set_ylim(bottom=0)
@@ -100,13 +105,14 @@ def gate_figure(cells: Mapping[str, Sequence[FinishedCell]]) -> Figure | None:
     layers = range(max(max(values) for values in found.values()) + 1)
     shown = np.array([[values.get(layer, np.nan) for layer in layers] for values in found.values()])
     largest = float(np.nanmax(np.abs(shown))) or 1.0
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+    style: dict[Any, Any] = STYLE | {"axes.grid": False}
+    with matplotlib.rc_context(style):
         figure = _figure(1.6 + 0.3 * len(found))
         axes = figure.add_subplot()
         axes.set_facecolor(_NOT_FUSED)
         image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
         axes.set_yticks(range(len(found)), list(found))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("LM layer")
         figure.colorbar(image, label="tanh(alpha)", location="bottom", shrink=0.7, aspect=40)
     return figure
@@ -134,6 +140,13 @@ def prompt_tokens(cell: FinishedCell) -> float | None:
         if "prompt_tokens" in entry["user_llm"]:
             return float(entry["user_llm"]["prompt_tokens"]["value"])
     return None
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Numbers as they are written, at 1, 3, 10, 30, ...: the house's style prints no formulas such as powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _figure(height: float) -> Figure:

@@ -18,7 +18,7 @@ NOTHING = "–"
 
 @dataclass
 class Table:
-    """A table as texts; the first column is a row's name."""
+    """A table as texts; the first column is a row's name. Without a title it is its section's only table."""
 
     title: str
     about: str
@@ -115,7 +115,8 @@ def _markdown(part: Part, figures: str) -> str:
         case Picture(name, caption):
             return f"![{escape(caption)}]({figures}-{name}.png)"
         case Table(title, about, columns, rows):
-            return "\n\n".join(filter(None, (f"### {escape(title)}", escape(about), _rows(columns, rows))))
+            heading = f"### {escape(title)}" if title else ""
+            return "\n\n".join(filter(None, (heading, escape(about), _rows(columns, rows))))
         case Texts(title, prompt, texts):
             heading = f"### {escape(title)}\n\nAsked: {escape(prompt)}"
             return f"{heading}\n\n{_rows(['', 'Text'], [list(pair) for pair in texts])}"

@@ -21,6 +21,12 @@ SHOWN_USERS = 3
 """Users whose texts stand side by side; the first ones, not selected."""
 
 
+_SCALE = {
+    "smoke": "smoke: generated data and a tiny language model with random weights. It shows that everything runs; its "
+    "numbers and verdicts mean nothing",
+    "cpu": "cpu",
+    "gpu": "gpu",
+}
 _READING = Section("reading", "How to read the tables", "", [Notes(tables.READING)])
 
 
@@ -86,14 +92,14 @@ def write_experiment_report(
     missing = [name for name in experiment.cells if name not in stored.cells]
     counted = f"{len(stored.cells)} of {len(experiment.cells)}"
     facts = [
-        ("Scale", scale),
+        ("Scale", _SCALE[scale]),
         ("Cells", counted + (f"; not run: {', '.join(missing)}" if missing else "")),
         *_facts([cell for cells in stored.cells.values() for cell in cells]),
     ]
     named = {place.table for cell in experiment.cells.values() for place in cell.published}
     page = Page(
         experiment.title,
-        experiment.question,
+        _question(experiment),
         facts,
         [
             Section(
@@ -134,7 +140,7 @@ def write_whole_report(
         )
     whole = {one.hash_of(name, seed) for one in every for name in one.experiment.cells for seed in one.seeds}
     facts = [
-        ("Scale", scale),
+        ("Scale", _SCALE[scale]),
         ("Cells", f"{len(cells)} of {len(whole)}, some of them in several experiments"),
         *_facts(list(cells.values())),
     ]
@@ -166,50 +172,63 @@ def write_whole_report(
 
 
 def _overview(every: Sequence[Stored]) -> Section:
-    """One row per claim; one that several experiments make is shown in the smallest of them."""
-    first: dict[tuple[object, ...], Stored] = {}
+    """One row per claim; one that several experiments make is shown once, as the smallest of them words it."""
+    made: dict[tuple[object, ...], list[tuple[Stored, Decided]]] = {}
     for one in sorted(every, key=lambda one: len(one.experiment.cells)):
         for claim in one.decided:
-            first.setdefault(one.asks(claim), one)
+            made.setdefault(one.asks(claim), []).append((one, claim))
     table = Table(
-        "Verdicts",
+        "",
         "a - b: the paired difference with its 95 % interval. Both sides' figures stand in the experiments' sections.",
-        ["Claim", "Verdict", "a - b", "p", "seeds on its side", "users", "Task, metric", "Source", "Experiment"],
+        ["Claim", "Verdict", "a - b", "p", "seeds on its side", "users", "Source", "Experiments"],
     )
     counts: Counter[str] = Counter()
     for one in every:
         for claim in one.decided:
-            if first[one.asks(claim)] is not one:
+            makers = made[one.asks(claim)]
+            if makers[0][0] is not one:
                 continue
             counts[claim.verdict] += 1
             between = claim.difference
+            sources = dict.fromkeys(source for _, same in makers for source in same.claim.sources)
             table.rows.append(
                 [
-                    claim.claim.text,
+                    tables.claim_of(claim),
                     tables.verdict_of(claim),
                     tables.gain(between),
                     tables.p_value(between),
                     tables.agreement(claim),
                     str(between.n) if between else NOTHING,
-                    tables.task_and_metric(claim),
-                    claim.claim.source,
-                    one.experiment.name,
+                    ", ".join(sources),
+                    ", ".join(maker.experiment.name for maker, _ in makers),
                 ]
             )
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("confirmed", "not confirmed", "not run"))
-    return Section("overview", "Verdicts", f"{counts.total()} claims: {said}.", [table.without_empty_columns()])
+    return Section(
+        "overview", "Verdicts", f"{counts.total()} claims: {said}.", [table.without_empty_columns()]
+    )
 
 
 def _of_experiment(one: Stored) -> Section:
     experiment = one.experiment
-    section = Section(experiment.name, experiment.title, experiment.question, [])
+    section = Section(experiment.name, experiment.title, _question(experiment), [])
     if not one.cells:
         section.parts.append(Notes(["No cell of this experiment is stored."]))
         return section
     if missing := [name for name in experiment.cells if name not in one.cells]:
-        section.parts.append(Notes([f"Cells not run: {', '.join(missing)}."]))
-    section.parts += [*_figures(one, f"{experiment.name}-"), tables.verdicts(one.decided), *_tables(one), *_texts(one)]
+        section.about += f" Cells not run: {', '.join(missing)}."
+    section.parts += [
+        *_figures(one, f"{experiment.name}-"),
+        tables.verdicts(one.decided),
+        *_tables(one),
+        *_texts(one),
+    ]
     return section
+
+
+def _question(experiment: Experiment) -> str:
+    redone = ", ".join(experiment.redoes)
+    return f"{experiment.question} ({redone})" if redone else experiment.question
 
 
 def _tables(one: Stored) -> list[Table]:
@@ -273,13 +292,9 @@ def _coverage(every: Sequence[Stored]) -> Section:
     """Which table of the papers is redone where."""
     table = Table("", "", ["Paper", "What", "Redone in"])
     for name, paper in paper_tables().items():
-        where = [
-            one.experiment.name
-            for one in every
-            if any(place.table == name for cell in one.experiment.cells.values() for place in cell.published)
-            or any(name in claim.sources for claim in one.experiment.claims)
-        ]
-        table.rows.append([name, paper.title, ", ".join(where) or f"not redone: {paper.not_redone}"])
+        where = [one.experiment.name for one in every if name in one.experiment.redoes]
+        reason = f"not redone: {paper.not_redone}" if paper.not_redone else "not redone"
+        table.rows.append([name, paper.title, ", ".join(where) or reason])
     about = "Every table and figure of the papers with numbers to compare, and the experiments beside it."
     return Section("coverage", "What is redone where", about, [table])
 
@@ -289,11 +304,19 @@ def _published(title: str, chosen: Sequence[PaperTable]) -> Section:
     about = "As published: other data, other language model, other protocol."
     parts: list[Part] = []
     for paper in chosen:
+        if not paper.rows:
+            continue  # texts, or a figure whose values are not at hand
         rows = [
             [row, *(NOTHING if v is None else f"{v:g}" for v in values)] for row, values in paper.rows.items()
         ]
         parts.append(
-            Table(f"Paper, {paper.name}", f"{paper.title} ({paper.unit}).", ["", *paper.columns], rows, folded=True)
+            Table(
+                f"Paper, {paper.name}",
+                f"{paper.title} ({paper.unit}).",
+                ["", *paper.columns],
+                rows,
+                folded=True,
+            )
         )
     return Section("papers", title, about, parts)
 

@@ -34,16 +34,16 @@ SHOWN: dict[str, tuple[str, ...]] = {
 """Metrics by kind of task; the first one decides the order of things."""
 
 READING = (
-    "A claim is confirmed where the whole 95 % interval of the paired difference lies on its side (where none differs at "
-    "all, an interval of 3 / n about 0), and so does each seed's own difference; not confirmed otherwise; not run where "
-    "a cell is missing.",
+    "A claim is confirmed where the whole 95 % interval of the paired difference lies on its side (where none differs "
+    "at all, an interval of 3 / n about 0), and so does each seed's own difference; not confirmed otherwise; not run "
+    "where a cell is missing.",
     "Differences are paired: the same users under the same seed. Intervals are bootstrap intervals over users, each "
     "user's seeds averaged first; they know nothing of trainings, for which the seeds stand beside them (lowest to "
     "highest). Where a cell asks a sample of the users, each seed asks its own sample.",
     "A weighted F1 is of all texts together, label by label, and no mean over users: its interval computes it anew for "
     "each resample of the users, a difference with both rows' texts of the same users; it has no p.",
-    "p: two-sided, of no difference, by flipping the signs of the users' differences 1,999 times, so never below .0005. "
-    "It is not corrected for the number of claims, and decides nothing.",
+    "p: two-sided, of no difference, by flipping the signs of the users' differences 1,999 times, so never below "
+    ".0005. It is not corrected for the number of claims, and decides nothing.",
     "Nats: the difference in log-likelihood of the true answer. It shows effects that recall is too coarse for, and "
     "decides nothing.",
     "Its encoder alone: the encoder's own ranking after stage 1, without a language model; beside it the share of that "
@@ -71,9 +71,10 @@ def verdict_of(one: Decided) -> str:
     return one.verdict
 
 
-def task_and_metric(one: Decided) -> str:
-    """What a claim is about, in words."""
-    return f"{label(one.claim.task, TASKS)}, {METRICS.get(one.claim.metric, one.claim.metric)}"
+def claim_of(one: Decided) -> str:
+    """A claim with the task and the metric it is about, in words."""
+    claim = one.claim
+    return f"{claim.text}: {label(claim.task, TASKS).lower()}, {METRICS.get(claim.metric, claim.metric)}"
 
 
 def verdicts(decided: Sequence[Decided]) -> Table:
@@ -81,24 +82,22 @@ def verdicts(decided: Sequence[Decided]) -> Table:
     table = Table(
         "What the papers claim",
         "",
-        ["Claim", "Source", "Task, metric", "a", "b", "a - b", "p", "seeds on its side", "users", "a - b, nats",
-         "Verdict"],
-    )  # fmt: skip
+        ["Claim", "Verdict", "a - b", "p", "seeds on its side", "users", "a", "b", "a - b, nats", "Source"],
+    )
     for one in decided:
         between = one.difference
         table.rows.append(
             [
-                one.claim.text,
-                one.claim.source,
-                task_and_metric(one),
-                value(one.a),
-                value(one.b),
+                claim_of(one),
+                verdict_of(one),
                 gain(between),
                 p_value(between),
                 agreement(one),
                 str(between.n) if between else NOTHING,
+                value(one.a),
+                value(one.b),
                 gain(one.nats),
-                verdict_of(one),
+                one.claim.source,
             ]
         )
     return table.without_empty_columns()
@@ -109,7 +108,7 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
 
     A row is a cell's User-LLM; other systems of a cell are rows where a claim or a published figure is about them.
     """
-    metrics = SHOWN[kind_of(task, cells)]
+    metrics: tuple[str, ...] = SHOWN[kind_of(task, cells)]
     main, called = metrics[0], [METRICS.get(metric, metric) for metric in metrics]
     table = Table(
         label(task, TASKS),
@@ -119,36 +118,34 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
     )  # fmt: skip
     reference = cells.get(experiment.reference, [])
     base = {name: per_user(reference, task, "user_llm", name) for name in (main, LOG_LIKELIHOOD)}
-    for group, chosen in grouped(experiment, cells):
-        for cell in chosen:
-            alone = per_user(cells[cell.name], task, "encoder", main)
-            for system in _systems(experiment, cell, task):
-                own = {
-                    name: per_user(cells[cell.name], task, system, name)
-                    for name in (*metrics, LOG_LIKELIHOOD)
-                }
-                ours, measured = system == "user_llm", mean(own[main])
-                if measured is None and not ours:
-                    continue  # cells of an older version, or without another user
-                is_reference = ours and cell.name == experiment.reference
-                against = None if is_reference else difference(own[main], base[main])
-                nats = None if is_reference else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
-                table.rows.append(
-                    [
-                        f"{group}: {cell.label}" + ("" if ours else f" / {label(system, SYSTEMS)}"),
-                        str(measured.n) if measured else NOTHING,
-                        value(measured),
-                        spread(measured),
-                        gain(against),
-                        p_value(against),
-                        gain(nats),
-                        str(against.n) if against else NOTHING,
-                        value(mean(alone)) if ours else NOTHING,
-                        value(ratio(own[main], alone)) if ours else NOTHING,
-                        *(value(mean(own[metric])) for metric in metrics[1:]),
-                        _published(cell, task, system),
-                    ]
-                )
+    for cell in in_groups(experiment, cells):
+        alone = per_user(cells[cell.name], task, "encoder", main)
+        for system in _systems(experiment, cell, task):
+            own = {
+                name: per_user(cells[cell.name], task, system, name) for name in (*metrics, LOG_LIKELIHOOD)
+            }
+            ours, measured = system == "user_llm", mean(own[main])
+            if measured is None and not ours:
+                continue  # cells of an older version, or without another user
+            is_reference = ours and cell.name == experiment.reference
+            against = None if is_reference else difference(own[main], base[main])
+            nats = None if is_reference else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
+            table.rows.append(
+                [
+                    f"{cell.name}: {cell.label}" if ours else f"{cell.name} / {label(system, SYSTEMS)}",
+                    str(measured.n) if measured else NOTHING,
+                    value(measured),
+                    spread(measured),
+                    gain(against),
+                    p_value(against),
+                    gain(nats),
+                    str(against.n) if against else NOTHING,
+                    value(mean(alone)) if ours else NOTHING,
+                    value(ratio(own[main], alone)) if ours else NOTHING,
+                    *(value(mean(own[metric])) for metric in metrics[1:]),
+                    _published(cell, task, system),
+                ]
+            )
     return table.without_empty_columns()
 
 
@@ -162,7 +159,7 @@ def tokens(experiment: Experiment, cells: Cells) -> Table | None:
         return None
     table = Table(
         "Tokens the language model reads",
-        "Before its answer, soft prompts included, mean over users and seeds; how often User-LLM's with the same "
+        "Before its answer, soft prompts included, mean over users and seeds; how many times User-LLM's at the same "
         'number of events. The papers\' factors are also their "FLOPs reduction".',
         ["Row", "events", "tokens", "of User-LLM's", "paper"],
     )
@@ -194,27 +191,26 @@ def gate_table(experiment: Experiment, cells: Cells) -> Table | None:
          "mean size, upper half", "paper"],
         folded=True,
     )  # fmt: skip
-    for group, chosen in grouped(experiment, cells):
-        for cell in chosen:
-            found = gates(cells[cell.name])
-            if not found:
-                continue
-            layers = sorted(found)
-            sizes = [abs(found[layer]) for layer in layers]
-            middle = len(layers) // 2
-            largest = max(layers, key=lambda layer: abs(found[layer]))
-            table.rows.append(
-                [
-                    f"{group}: {cell.label}",
-                    str(len(layers)),
-                    f"{found[layers[0]]:+.3f} ({layers[0]})",
-                    f"{found[layers[-1]]:+.3f} ({layers[-1]})",
-                    f"{found[largest]:+.3f} ({largest})",
-                    f"{average(sizes[:middle]):.3f}" if middle else NOTHING,
-                    f"{average(sizes[middle:]):.3f}",
-                    _published(cell, "gates", "user_llm"),
-                ]
-            )
+    for cell in in_groups(experiment, cells):
+        found = gates(cells[cell.name])
+        if not found:
+            continue
+        layers = sorted(found)
+        sizes = [abs(found[layer]) for layer in layers]
+        middle = len(layers) // 2
+        largest = max(layers, key=lambda layer: abs(found[layer]))
+        table.rows.append(
+            [
+                f"{cell.name}: {cell.label}",
+                str(len(layers)),
+                f"{found[layers[0]]:+.3f} ({layers[0]})",
+                f"{found[layers[-1]]:+.3f} ({layers[-1]})",
+                f"{found[largest]:+.3f} ({largest})",
+                f"{average(sizes[:middle]):.3f}" if middle else NOTHING,
+                f"{average(sizes[middle:]):.3f}",
+                _published(cell, "gates", "user_llm"),
+            ]
+        )
     return table.without_empty_columns() if table.rows else None
 
 
@@ -231,35 +227,32 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
         ],
         folded=True,
     )  # fmt: skip
-    for group, chosen in grouped(experiment, cells):
-        for cell in chosen:
-            seen = [one.metrics for one in cells[cell.name]]
-            read = _tokens(cells[cell.name])
-            table.rows.append(
-                [
-                    f"{group}: {cell.label}",
-                    f"{average([sum(m['trainable'].values()) for m in seen]):,.0f}",
-                    f"{average([m['training']['examples'] for m in seen]):,.0f}",
-                    f"{average([m['training']['steps'] for m in seen]):,.0f}",
-                    *(
-                        f"{average([m['cpu_s'][stage] for m in seen]):,.0f}"
-                        for stage in ("pretrain", "contextualize", "evaluate")
-                    ),
-                    NOTHING if read is None else f"{read:,.0f}",
-                    f"{average([m['peak_rss_mb'] for m in seen]):,.0f}",
-                    _perplexity(seen),
-                ]
-            )
+    for cell in in_groups(experiment, cells):
+        seen = [one.metrics for one in cells[cell.name]]
+        read = _tokens(cells[cell.name])
+        table.rows.append(
+            [
+                f"{cell.name}: {cell.label}",
+                f"{average([sum(m['trainable'].values()) for m in seen]):,.0f}",
+                f"{average([m['training']['examples'] for m in seen]):,.0f}",
+                f"{average([m['training']['steps'] for m in seen]):,.0f}",
+                *(
+                    f"{average([m['cpu_s'][stage] for m in seen]):,.0f}"
+                    for stage in ("pretrain", "contextualize", "evaluate")
+                ),
+                NOTHING if read is None else f"{read:,.0f}",
+                f"{average([m['peak_rss_mb'] for m in seen]):,.0f}",
+                _perplexity(seen),
+            ]
+        )
     return table.without_empty_columns()
 
 
-def grouped(experiment: Experiment, cells: Cells) -> list[tuple[str, list[Cell]]]:
-    """The finished cells by group, in the experiment's order."""
-    groups: dict[str, list[Cell]] = {}
-    for name in cells:
-        cell = experiment.cell(name)
-        groups.setdefault(cell.group, []).append(cell)
-    return list(groups.items())
+def in_groups(experiment: Experiment, cells: Cells) -> list[Cell]:
+    """The finished cells, those of a group together, in the experiment's order."""
+    chosen = [experiment.cell(name) for name in cells]
+    groups = list(dict.fromkeys(cell.group for cell in chosen))
+    return sorted(chosen, key=lambda cell: groups.index(cell.group))
 
 
 def value(measured: Measured | None) -> str:

@@ -22,7 +22,13 @@ REVIEWS = "synthetic-reviews"
 GENRES = ("Action", "Comedy", "Drama", "Horror", "Musical", "Western")
 KINDS = ("coat", "dress", "gown", "skirt")
 _MOODS = ("It fell apart.", "It hardly fits.", "It is fine.", "It fits well.", "I love it.")
-_PHRASES = ("Warm and soft.", "My sister agrees.", "Worn at a wedding.", "Too long for me.", "Many compliments.")
+_PHRASES = (
+    "Warm and soft.",
+    "My sister agrees.",
+    "Worn at a wedding.",
+    "Too long for me.",
+    "Many compliments.",
+)
 _WORDS = ("Silver", "River", "Night", "Garden", "Letter", "Winter", "Harbour", "Mirror", "Summer", "Tower")
 
 
@@ -59,7 +65,7 @@ def prepare_synthetic(out: Path, users: int = 150, items: int = 60, seed: int = 
 
 
 def prepare_synthetic_reviews(out: Path, users: int = 60, items: int = 40, seed: int = 0) -> Dataset:
-    """Write the dataset, named "synthetic-reviews", into ``out``, with Rent the Runway's fields. 6 to 12 events a user."""
+    """Write the dataset, named "synthetic-reviews", into ``out``: Rent the Runway's fields, 6 to 12 reviews a user."""
     random = np.random.default_rng(seed)
     kinds = [KINDS[item % len(KINDS)] for item in range(items)]
     rows = []
