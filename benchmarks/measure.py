@@ -27,15 +27,17 @@ def argument_parser(doc: str | None, out: str = "docs/results/benchmarks") -> ar
     return parser
 
 
-def alternate(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    ways: dict[str, Callable[[], float]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Runs every way once per round, after one round of warm-up. A way returns how many units of work it did; the
-    result is units per second by way and round."""
+    result is units per second by way and round, by ``clock``."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began = clock()
             units = way()
-            rate = units / (time.perf_counter() - began)
+            rate = units / (clock() - began)
             if number:
                 rates[name].append(rate)
             print(f"  round {number} {name}: {rate:.2f}/s" + ("" if number else " (warm-up)"), flush=True)

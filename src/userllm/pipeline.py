@@ -40,13 +40,14 @@ from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
+from userllm.data.unseen_items import apart
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, TextConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
-from userllm.evaluation.labels import LabelScores
+from userllm.evaluation.labels import NAMES, LabelScores
 from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
@@ -116,13 +117,16 @@ class Run:
                 f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
                 f"items into its model with `userllm grow {self.folder}`"
             )
+        if self.config.split.kind == "unseen_items":
+            self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
         for name, config in self.config.tasks.items():
             task = build_task(name, config, self.dataset.items)
             if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
-                task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
+                user, _, stop = self.split.examples("test")[:1].T
+                task.examples(self.dataset, user, stop, 1)
         if isinstance(self.config.encoder, TextConfig):
             with processes.main_first():
                 self.texts = self._encode_texts(self.config.encoder)
@@ -253,7 +257,7 @@ class Run:
         """The store beside the dataset, with every text the encoder will ask for."""
         found = find_sentence_encoder(config.sentences)
         store = TextStore.open(
-            self.dataset.folder / "sentences" / config.sentences.replace("/", "--"), found.card
+            self._dataset_folder() / "sentences" / config.sentences.replace("/", "--"), found.card
         )
         texts = [
             text for column in config.texts(self.dataset.items, self.vocabulary).values() for text in column
@@ -378,24 +382,28 @@ class Run:
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
             task = model.open_tasks[name]
             entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
-            rows.append(evaluator.per_user(name, texts))
+            labels = None
             if isinstance(task, GenrePreference):
                 entries[name] |= self._label_entries(task, texts)
+                labels = LabelScores(task).names
+            rows.append(evaluator.per_user(name, texts, labels))
         return entries, rows
 
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
-        """Answers that are the same for everyone, and every system's scores label by label."""
+        """Answers that are the same for everyone, which join the texts, and every system's scores label by label."""
         scores = LabelScores(task)
         training = task.examples(self.dataset, self.split.users, self.split.train_end, 0)
-        said = {
-            system: written for (system, decoding), written in texts.written.items() if decoding == "greedy"
+        labels = {
+            system: scores.table(texts.targets, written)
+            for (system, decoding), written in texts.written.items()
+            if decoding == "greedy"
         }
-        return {
-            **scores.baselines(
-                texts.targets, [example.target for example in training if example is not None]
-            ),
-            "labels": {system: scores.table(texts.targets, written) for system, written in said.items()},
-        }
+        entries: dict[str, Any] = {"labels": labels}
+        for system, text in scores.constants([one.target for one in training if one is not None]).items():
+            texts.written[system, "greedy"] = [text] * len(texts.targets)
+            texts.measured[system] = measured = dict(scores(texts.targets, texts.written[system, "greedy"]))
+            entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]
+        return entries
 
     def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
         """What is measured of a task's texts."""

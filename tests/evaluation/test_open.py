@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -119,6 +120,11 @@ def test_the_entry_is_what_the_texts_say(model, dataset, split, stored, evaluato
         assert entry["gain"][over]["rougeLsum"] == pytest.approx(expected, abs=1e-6)
         expected = paired_gain(nats[rival], nats["user_llm"]).as_dict()
         assert entry["gain_nats"][over] == pytest.approx(expected, abs=1e-3)
+    own = evaluator.per_user("genres", texts, None).filter(pl.col("system") == "user_llm")
+    assert own["user"].to_list() == [dataset.user_ids[row[0]] for row in known]
+    assert own["log_likelihood"].mean() == pytest.approx(-np.mean(nats["user_llm"]), abs=1e-4)
+    asked = np.mean([len(model.tokenizer(e.prompt)["input_ids"]) for e in texts.examples])
+    assert entry["no_user"]["prompt_tokens"]["value"] == pytest.approx(asked)
     lines = evaluator.as_lines(texts)
     assert set(lines[0]) == {"user", "prompt", "target"} | {
         f"{s}{d}" for s in scores for d in ("", "_sampled")

@@ -110,6 +110,56 @@ def test_a_ratio_is_of_means_over_the_users_that_both_answered_for(make_cell):
     assert ratio(a, nothing) is None
 
 
+@pytest.fixture
+def make_labels(tmp_path):
+    def make(name, named, seed=0, targets=None):
+        targets = (
+            [["Drama"], ["Comedy", "Drama"], ["Action"]] * (len(named) // 3) if targets is None else targets
+        )
+        frame = pl.DataFrame(
+            {
+                "task": ["genres"] * len(named),
+                "user": [str(u) for u in range(len(named))],
+                "system": ["user_llm"] * len(named),
+                "rank": pl.Series([None] * len(named), dtype=pl.Int32),
+                "log_likelihood": [-3.0] * len(named),
+                "target": targets,
+                "named": pl.Series(named, dtype=pl.List(pl.String)),
+            }
+        )
+        file = tmp_path / "per_user.parquet"
+        frame.write_parquet(file)
+        return CellStore(tmp_path).store(f"{name}-{seed}", {"settings": {"seed": seed}}, file)
+
+    return make
+
+
+def test_weighted_f1_is_of_all_texts_together(make_labels):
+    good, poor = [["Drama"], ["Comedy", "Drama"], ["Action"]] * 20, [["Drama"], ["Drama"], ["Drama"]] * 20
+    a, b = make_labels("a", good), make_labels("b", poor)
+    rows = [per_user([cell], "genres", "user_llm", "f1") for cell in (a, b)]
+    assert (mean(rows[0]).n, mean(rows[0]).estimate.value) == (60, 1.0)
+    # Drama: precision 2/3, recall 1, half of the 80 labels; the others are never named
+    assert mean(rows[1]).estimate.value == pytest.approx(0.5 * 0.8)
+    lead = difference(*rows)
+    assert lead.estimate.value == pytest.approx(0.6) and 0.4 < lead.estimate.low < lead.estimate.high < 0.8
+    assert ratio(*rows) is None
+    assert per_user([a], "genres", "user_llm", "recall@1").is_empty()
+    assert mean(per_user([a], "genres", "user_llm", "log_likelihood")).estimate.value == -3.0
+    told = Claim("text", "UEM", "genres", "f1", Side("a"), Side("b"))
+    assert decide(told, {"a": [a], "b": [b]}).verdict == "confirmed"
+    assert decide(told, {"a": [a]}).verdict == decide(told, {"b": [b]}).verdict == "not run"
+
+
+def test_weighted_f1_of_seeds_is_of_their_texts_with_users_drawn_whole(make_labels):
+    good, poor = [["Drama"], ["Comedy", "Drama"], ["Action"]] * 20, [["Drama"], [], ["Drama"]] * 20
+    seeds = per_user([make_labels("a", good), make_labels("a", poor, seed=1)], "genres", "user_llm", "f1")
+    both = mean(seeds)
+    # Drama: 60 of 80 rightly, 80 named; Comedy, Action: 20 of 40, 20 named
+    assert both.n == 60
+    assert both.estimate.value == pytest.approx(0.5 * 2 * 60 / 160 + 0.5 * 2 * 20 / 60)
+
+
 def claim(**told):
     return Claim("text", "v1 T2", "next_item", "recall@10", Side("a"), Side("b"), **told)
 

@@ -27,6 +27,7 @@ from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
+from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.tasks import TextExample
 
@@ -47,6 +48,8 @@ class Texts:
     examples: list[TextExample]
     written: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     nats: dict[str, np.ndarray] = field(default_factory=dict)
+    read: dict[str, np.ndarray] = field(default_factory=dict)
+    """By system, tokens the LM reads before its answer, soft prompts included [n]."""
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0))
     measured: dict[str, dict[str, np.ndarray | Estimate | float]] = field(default_factory=dict)
 
@@ -110,7 +113,7 @@ class OpenEvaluator:
         """Fill in what one system says, conditioned on ``histories`` (None: the base LM)."""
         self.model.eval()
 
-        def answer(start: int) -> tuple[np.ndarray, np.ndarray, dict[str, list[str]]]:
+        def answer(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[str]]]:
             written: dict[str, list[str]] = {}
             part = slice(start, start + self.config.batch)
             examples = texts.examples[part]
@@ -131,14 +134,23 @@ class OpenEvaluator:
                     )
                     numbers = range(start, start + count)
                     written[name] = self.model.write_texts(prompts[:count], some, decoding, numbers)
-            return nll.double().cpu().numpy(), tokens.cpu().numpy(), written
+            read = self._tokens_read(prompts, users)
+            return nll.double().cpu().numpy(), tokens.cpu().numpy(), read, written
 
         # every batch by one process, whole, so that the texts are those of a single process
         said = processes.spread(range(0, len(texts.rows), self.config.batch), answer)
-        texts.nats[system] = np.concatenate([nats for nats, _, _ in said])
-        texts.tokens = np.concatenate([tokens for _, tokens, _ in said])
+        texts.nats[system] = np.concatenate([nats for nats, *_ in said])
+        texts.tokens = np.concatenate([tokens for _, tokens, *_ in said])
+        texts.read[system] = np.concatenate([read for *_, read, _ in said])
         for name in self.decodings:
             texts.written[system, name] = [text for *_, written in said for text in written.get(name, [])]
+
+    def _tokens_read(self, prompts: Sequence[str], users: UserContext | None) -> np.ndarray:
+        asked = self.model.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        lengths = np.array([len(ids) for ids in asked]) + len(self.model.opening) + len(self.model.closing)  # type: ignore[arg-type]
+        if users is None or users.prefix is None:
+            return lengths
+        return lengths + (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
 
     def measure(self, texts: Texts, metrics: Sequence[TextMetric]) -> dict[str, Any]:
         """The entry of a task in metrics.json; what it was made from stays in ``texts.measured``.
@@ -172,6 +184,7 @@ class OpenEvaluator:
         for system, nats in texts.nats.items():
             entry[system]["log_likelihood"] = bootstrap_mean(-nats).as_dict()
             entry[system]["nats_per_token"] = bootstrap_mean(nats / texts.tokens).as_dict()
+            entry[system]["prompt_tokens"] = bootstrap_mean(texts.read[system]).as_dict()
         own = measured["user_llm"]
         rivals = {over: rival for over, rival in RIVALS.items() if rival in measured}
         entry["gain"] = {
@@ -188,19 +201,28 @@ class OpenEvaluator:
         }
         return entry
 
-    def per_user(self, name: str, texts: Texts) -> pl.DataFrame:
+    def per_user(
+        self, name: str, texts: Texts, labels: Callable[[Sequence[str]], list[list[str]]] | None = None
+    ) -> pl.DataFrame:
         """What was measured of every text: task, user (raw id), system, log_likelihood, and a column per metric that
         has one number per text; null where a system has no likelihood. Call ``measure`` first.
+
+        labels: those that texts name; then "target" and "named" hold the labels of a user's target and text.
         """
         ids = np.array(self.dataset.user_ids)[texts.rows[:, 0]]
+        said = {"target": texts.targets} | {_called(*key): one for key, one in texts.written.items()}
         parts = []
         for system, values in texts.measured.items():
             columns = {metric: value for metric, value in values.items() if isinstance(value, np.ndarray)}
             if system in texts.nats:
                 columns["log_likelihood"] = -texts.nats[system]
-            n = len(next(iter(columns.values())))  # the first users only, perhaps
-            said = {"task": [name] * n, "user": ids[:n].tolist(), "system": [system] * n}
-            parts.append(pl.DataFrame(said | columns))
+            n = len(said[system])  # the first users only, perhaps
+            facts: dict[str, Any] = {"task": [name] * n, "user": ids[:n].tolist(), "system": [system] * n}
+            frame = pl.DataFrame(facts | columns)
+            if labels is not None:
+                named = {"target": labels(texts.targets[:n]), "named": labels(said[system])}
+                frame = frame.hstack(pl.DataFrame(named, schema=dict.fromkeys(named, pl.List(pl.String))))
+            parts.append(frame)
         return pl.concat(parts, how="diagonal")
 
     def as_lines(self, texts: Texts) -> list[dict[str, Any]]:

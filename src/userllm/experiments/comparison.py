@@ -9,6 +9,7 @@ from typing import Literal
 import polars as pl
 
 from userllm.errors import UserError
+from userllm.evaluation.labels import LabelCounts, weighted_f1
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, ratio_of_means, sign_flip_p, user_metrics
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.definition import Claim, Side
@@ -18,11 +19,14 @@ Verdict = Literal["confirmed", "not confirmed", "not run"]
 LOG_LIKELIHOOD = "log_likelihood"
 RANKING = tuple(user_metrics([1]))
 """Metrics that follow from a rank; any other is a column of a cell's numbers by user."""
+WEIGHTED_F1 = "f1"
+"""Of all texts together, label by label: no mean of users' values."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over ``n`` users, each user's seeds averaged first, with its 95 % interval over users."""
+    """A mean over ``n`` users, each user's seeds averaged first, or a weighted F1 of all seeds' texts, with its 95 %
+    interval over users."""
 
     n: int
     estimate: Estimate
@@ -53,11 +57,17 @@ def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str)
     """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none.
 
     metric: one of ``RANKING``, or a column of the cells' numbers by user. Raises UserError for one that a cell which
-    has this task and system does not know.
+    has this task and system does not know. Of ``WEIGHTED_F1`` there is no value of one user: in its place stand the
+    labels of target and text, "target" and "named".
     """
     frames = []
     for cell in cells:
         rows = cell.per_user().filter((pl.col("task") == task) & (pl.col("system") == system))
+        if metric == WEIGHTED_F1:
+            if "named" in rows.columns:
+                told = rows.filter(pl.col("named").is_not_null())
+                frames.append(told.select("user", pl.lit(cell.seed).alias("seed"), "target", "named"))
+            continue
         if metric in RANKING:
             rows = rows.filter(pl.col("rank").is_not_null())
             value = pl.Series(user_metrics(rows["rank"].to_numpy())[metric])
@@ -75,7 +85,9 @@ def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str)
 
 
 def mean(rows: pl.DataFrame) -> Measured | None:
-    """The mean over users, each user's seeds averaged first; None without users."""
+    """The mean over users, each user's seeds averaged first, or the weighted F1; None without users."""
+    if "named" in rows.columns:
+        return _weighted_f1(rows, ["named"])
     users = _by_user(rows, "value")
     if users.is_empty():
         return None
@@ -85,6 +97,8 @@ def mean(rows: pl.DataFrame) -> Measured | None:
 def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     """a - b over the users that both have under the same seed; None without such users."""
     pairs = a.join(b, on=("user", "seed"), suffix="_b")
+    if "named" in pairs.columns:
+        return _weighted_f1(pairs, ["named", "named_b"])
     pairs = pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value"))
     users = _by_user(pairs, "value")
     if users.is_empty():
@@ -94,11 +108,29 @@ def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
 
 
 def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
-    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, or where b is 0."""
+    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, where b is 0, or of
+    weighted F1s, which are no means."""
+    if "named" in a.columns or "named" in b.columns:
+        return None
     users = _by_user(a.join(b, on=("user", "seed"), suffix="_b"), "value", "value_b")
     if users.is_empty() or users["value_b"].sum() == 0:
         return None
     return Measured(len(users), ratio_of_means(users["value"].to_numpy(), users["value_b"].to_numpy()))
+
+
+def _weighted_f1(rows: pl.DataFrame, sides: Sequence[str]) -> Measured | None:
+    """Of the labels in the first of ``sides``, or their lead over the second's; users are resampled, with all seeds."""
+    if rows.is_empty():
+        return None
+
+    def estimate(some: pl.DataFrame, resamples: int = 1000) -> Estimate:
+        users = some["user"].rank("dense").to_numpy().astype(int) - 1
+        targets = some["target"].to_list()
+        counts = [LabelCounts.of_names(targets, some[side].to_list(), users) for side in sides]
+        return weighted_f1(*counts, resamples=resamples)
+
+    seeds = {int(some["seed"][0]): estimate(some, 1).value for some in rows.sort("seed").partition_by("seed")}
+    return Measured(rows["user"].n_unique(), estimate(rows), seeds)
 
 
 def _by_user(rows: pl.DataFrame, *columns: str) -> pl.DataFrame:

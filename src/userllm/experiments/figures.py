@@ -128,9 +128,9 @@ def gates(cells: Sequence[FinishedCell]) -> dict[int, float]:
 
 
 def events_shown(cell: FinishedCell) -> int:
-    """Latest events that the language model is told of, in whichever way."""
+    """Latest events that the language model is told of, in whichever way: embeddings know what the encoder saw."""
     fusion: dict[str, Any] = cell.told["config"]["fusion"]
-    embedded = 0 if fusion["kind"] == "none" else int(fusion["events"])
+    embedded = 0 if fusion["kind"] == "none" else int(cell.told["config"]["encoder"]["max_length"])
     return max(embedded, int(fusion["text"]["events"]))
 
 

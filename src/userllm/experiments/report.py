@@ -248,7 +248,8 @@ def _figures(one: Stored, before: str = "") -> list[Picture]:
     """before: what the figures' names begin with."""
     experiment, cells = one.experiment, one.cells
     found = []
-    lengths = length_figure(experiment, cells, "next_item", "recall@10")
+    first = one.tasks[0]
+    lengths = length_figure(experiment, cells, first, tables.SHOWN[tables.kind_of(first, cells)][0])
     if lengths is not None:
         caption = "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
         found.append(Picture(f"{before}lengths", caption, lengths))

@@ -8,6 +8,7 @@ from typing import Any
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.comparison import (
     LOG_LIKELIHOOD,
+    WEIGHTED_F1,
     Decided,
     Measured,
     difference,
@@ -28,7 +29,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "next_item": ("recall@10", "recall@1", "recall@5", "ndcg@10"),
     "favorite_category": ("recall@1", "recall@5"),
     "review": ("rougeLsum", "rouge1", "rouge2", "words"),
-    "genre_preference": ("user_f1", "labels", "unknown_words"),
+    "genre_preference": (WEIGHTED_F1, "user_f1", "labels", "unknown_words"),
 }
 """Metrics by kind of task; the first one decides the order of things."""
 
@@ -39,6 +40,8 @@ READING = (
     "Differences are paired: the same users under the same seed. Intervals are bootstrap intervals over users, each "
     "user's seeds averaged first; they know nothing of trainings, for which the seeds stand beside them (lowest to "
     "highest). Where a cell asks a sample of the users, each seed asks its own sample.",
+    "A weighted F1 is of all texts together, label by label, and no mean over users: its interval computes it anew for "
+    "each resample of the users, a difference with both rows' texts of the same users; it has no p.",
     "p: two-sided, of no difference, by flipping the signs of the users' differences 1,999 times, so never below "
     ".0005. It is not corrected for the number of claims, and decides nothing.",
     "Nats: the difference in log-likelihood of the true answer. It shows effects that recall is too coarse for, and "

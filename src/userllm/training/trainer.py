@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from userllm import processes
+from userllm.errors import UserError
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
     gathered,
@@ -66,8 +67,11 @@ class StepBatches(ABC, Dataset[Any]):
 class OptimizationConfig:
     """Optimiser and schedule of one stage (User-LLM v1 Table 9 gives rate, batch and steps; the optimiser is ours)."""
 
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """"adafactor": T5's own, whose steps are a share of each weight matrix's own size. T5's embeddings are of size 13,
+    its other weights of .05 to 2: no one rate of AdamW suits them and what is projected among them."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.0
     """Decay of matrices; vectors and scalars are never decayed."""
     warmup: float = 0.1
@@ -150,19 +154,24 @@ class StageTrainer(Trainer):
                 if weight.requires_grad:
                     rate = next((f for key, f in self.rates.items() if key in name), 1.0)
                     groups.setdefault((rate, weight.ndim > 1), []).append(weight)
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {
-                        "params": weights,
-                        "lr": self.args.learning_rate * rate,
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for (rate, decays), weights in groups.items()
-                ],
-                betas=(0.9, 0.98),
-                fused=True,
-            )
-            if is_sharded(self.model):  # type: ignore[arg-type]
+            options: list[dict[str, Any]] = [
+                {
+                    "params": weights,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (rate, decays), weights in groups.items()
+            ]
+            sharded = is_sharded(self.model)  # type: ignore[arg-type]
+            if self.args.optim == "adamw_torch":
+                self.optimizer = torch.optim.AdamW(options, betas=(0.9, 0.98), fused=True)
+            elif sharded:
+                raise UserError(
+                    "optimization.optimizer: adafactor needs whole weights; use adamw where they are sharded"
+                )
+            else:
+                self.optimizer = torch.optim.Adafactor(options)
+            if sharded:
                 keep_whole_states(self.optimizer)
         return self.optimizer
 
@@ -325,7 +334,7 @@ def training_arguments(
         ignore_data_skip=True,
         dataloader_num_workers=0,
         disable_tqdm=not os.isatty(2),
-        optim="adamw_torch",
+        optim="adafactor" if config.optimizer == "adafactor" else "adamw_torch",
         bf16=False,
         # the launchers' sign that several CPUs are meant; one process takes what there is
         use_cpu=processes.count() > 1 and not torch.accelerator.is_available(),
