@@ -118,7 +118,8 @@ class Run:
                 f"items into its model with `userllm grow {self.folder}`"
             )
         if self.config.split.kind == "unseen_items":
-            self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
+            with processes.main_first():
+                self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
