@@ -55,6 +55,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of several processes: each trains with a share of the weights (FSDP2)",
     )
+    parser.add_argument(
+        "--ray",
+        type=int,
+        metavar="N",
+        help="evaluate on N workers of a Ray cluster (started here if there is none)",
+    )
+    parser.add_argument(
+        "--ray-gpus", type=float, default=0, metavar="G", help="GPUs of each Ray worker (default: 0)"
+    )
 
 
 def go_through(arguments: argparse.Namespace, last: str) -> None:
@@ -64,7 +73,12 @@ def go_through(arguments: argparse.Namespace, last: str) -> None:
     from userllm.pipeline import Run
 
     config, plain = load_config(arguments.config, arguments.overrides)
-    Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked()).through(last)
+    run = Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked())
+    if arguments.ray is not None:
+        from userllm.scale_out import answering
+
+        run.answering = answering(run, arguments.ray, arguments.ray_gpus)
+    run.through(last)
     processes.stop()
 
 
