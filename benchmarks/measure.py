@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
 from userllm.pipeline import commit, hardware
 
 
@@ -48,6 +51,21 @@ def ratio(rates: dict[str, list[float]], a: str, b: str) -> dict[str, float]:
     """Rate of ``a`` over rate of ``b``: median, smallest and largest over the rounds."""
     ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of FLOPs, which by itself sees no attention on a CPU. Attention counts in full, masked or not."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def attention_backward(_grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        # scores anew, and the gradients of the scores, queries, keys and values: five products to the forward's two
+        return 5 * sdpa_flop_count(q, k, v) // 2
+
+    return FlopCounterMode(display=False, custom_mapping={forward: attention, backward: attention_backward})
 
 
 def write_result(name: str, result: dict[str, Any], out: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from efficiency_tables import efficiency_rows, update_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 SYSTEMS = {
@@ -411,6 +413,8 @@ def main() -> None:
         "text-prompt-performance": bench_block(
             "text_prompt", "python benchmarks/bench_text_prompt.py", text_prompt_rows
         ),
+        "efficiency": bench_block("efficiency", "python benchmarks/efficiency.py", efficiency_rows),
+        "update-performance": bench_block("update", "python benchmarks/bench_update.py", update_rows),
         "prepare-performance": bench_block("prepare", "python benchmarks/bench_prepare.py", prepare_rows),
         "sentence-embeddings-performance": bench_block(
             "sentence_embeddings",

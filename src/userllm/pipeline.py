@@ -13,7 +13,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,9 +49,9 @@ from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
 from userllm.evaluation.labels import NAMES, LabelScores
 from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
+from userllm.evaluation.questions import Ask, Question
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
-from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
@@ -75,7 +75,11 @@ class Run:
 
     Several processes go through the stages together (``processes``): the main one prepares data and writes files.
     fsdp: in training the model's weights, gradients and optimiser state are spread over them.
+
+    answering: given all questions of the evaluation, who answers them; None: these processes (see ``scale_out``).
     """
+
+    answering: Callable[[Sequence[Question]], Ask] | None = None
 
     def __init__(
         self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs"), fsdp: bool = False
@@ -88,7 +92,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        _write(self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        file, text = self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            _write(file, text)
 
     def through(self, last: str = "report") -> Path:
         """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder."""
@@ -110,6 +116,11 @@ class Run:
         with self._stage("data", ["data"], lambda: self._dataset_folder_known()) as todo:
             if todo:
                 processes.told(self._prepare_data)
+        self.open_data()
+        say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
+
+    def open_data(self) -> None:
+        """Open the dataset that was prepared."""
         self.dataset = Dataset.open(self._dataset_folder())
         used = json.loads((self.folder / "dataset.json").read_text())
         if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
@@ -131,7 +142,6 @@ class Run:
         if isinstance(self.config.encoder, TextConfig):
             with processes.main_first():
                 self.texts = self._encode_texts(self.config.encoder)
-        say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
@@ -197,19 +207,17 @@ class Run:
         with self._stage("evaluate", keys, (self.folder / "metrics.json").exists) as todo:
             if todo:
                 self._need("dataset", "data")
-                model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
-                model.to(processes.device()).store_lower_states()
-                encoder = self.load_encoder().to(processes.device())
-                evaluator = ClosedEvaluator(
-                    model, encoder, self.dataset, self.split, self.stored, self.config.evaluation,
-                    self.config.seed, say,
-                )  # fmt: skip
+                evaluator, open_evaluator = self.evaluators()
+                model = evaluator.model
+                if self.answering is not None:
+                    asked = [*evaluator.questions(), *open_evaluator.questions()]
+                    evaluator.ask = open_evaluator.ask = self.answering(asked)
                 tasks = {name: evaluator.evaluate(name) for name in model.closed_tasks}
                 nobody = {
                     name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
                     for name in tasks
                 }
-                written, of_texts = self._evaluate_texts(model, evaluator.users)
+                written, of_texts = self._evaluate_texts(open_evaluator)
                 tasks |= written
                 rows = pl.concat([evaluator.per_user(), *of_texts], how="diagonal")
                 processes.told(lambda: self._write_evaluation(model, tasks, nobody, rows, evaluator))
@@ -253,6 +261,17 @@ class Run:
         )
         self._give_texts(encoder)
         return encoder
+
+    def evaluators(self) -> tuple[ClosedEvaluator, OpenEvaluator]:
+        """What measures the trained model, which is loaded for it."""
+        model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
+        model.to(processes.device()).store_lower_states()
+        encoder = self.load_encoder().to(processes.device())
+        config, seed = self.config.evaluation, self.config.seed
+        closed = ClosedEvaluator(model, encoder, self.dataset, self.split, self.stored, config, seed, say)
+        return closed, OpenEvaluator(
+            model, self.dataset, self.split, self.stored, closed.users, config, seed, say
+        )
 
     def _encode_texts(self, config: TextConfig) -> TextStore:
         """The store beside the dataset, with every text the encoder will ask for."""
@@ -369,19 +388,14 @@ class Run:
         results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
         add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
 
-    def _evaluate_texts(
-        self, model: UserLLM, users: EvaluatedUsers
-    ) -> tuple[dict[str, Any], list[pl.DataFrame]]:
+    def _evaluate_texts(self, evaluator: OpenEvaluator) -> tuple[dict[str, Any], list[pl.DataFrame]]:
         """Entries of the tasks that are answered in free text, and each task's numbers by user; the texts themselves
         go to texts/TASK.jsonl."""
-        config, seed = self.config.evaluation, self.config.seed
-        evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
         entries, rows = {}, []
-        for name in model.open_tasks:
+        for name, task in evaluator.model.open_tasks.items():
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
-            task = model.open_tasks[name]
             entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
             labels = None
             if isinstance(task, GenrePreference):

@@ -49,6 +49,7 @@ def test_blocks_and_ranges_change_nothing(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(count_filters, "BLOCK", 11)
     monkeypatch.setattr(columns, "BLOCK", 13)
     monkeypatch.setattr(sorting, "FEW_ROWS", 20)
+    monkeypatch.setattr(sorting, "IN_CACHE", 15)
     for memory in (2**31, 1000):
         parts = build(tmp_path / "parts", events, 9, asked, memory)
         assert parts.card.fingerprint == whole.card.fingerprint
@@ -58,6 +59,27 @@ def test_blocks_and_ranges_change_nothing(asked, tmp_path, monkeypatch):
         assert parts.items.equals(whole.items)
         rows = range(whole.num_events)
         assert parts.event_texts("note", rows) == whole.event_texts("note", rows)
+
+
+@pytest.mark.parametrize("far", [1, 2**40, 2**58])
+def test_a_log_in_order_of_users_is_sorted_in_parts(far, tmp_path, monkeypatch):
+    """Users come one after the other, their times by chance and with ties; one later user breaks the order."""
+    monkeypatch.setattr(sorting, "IN_CACHE", 15)
+    random = np.random.default_rng(0)
+    user = np.sort(random.integers(0, 30, 300))
+    frame = pl.DataFrame(
+        {
+            "user": [f"u{n}" for n in user], "item": [f"i{n}" for n in range(300)],
+            "time": random.integers(-3, 4, 300) * far, "rating": np.ones(300, np.float32), "note": [""] * 300,
+        }
+    )  # fmt: skip
+    late = frame.tail(1).with_columns(user=pl.lit("u0"), item=pl.lit("late"))
+    for events in (frame, pl.concat([frame, late])):
+        dataset = build(tmp_path / "out", events, 50, CountFilters())
+        wanted = events.with_row_index("row").sort(
+            pl.col("user").replace_strict(dataset.user_ids, range(dataset.num_users)), "time", "row"
+        )
+        assert [dataset.item_ids[n] for n in dataset.events["item"]] == wanted["item"].to_list()
 
 
 def test_times_that_leave_no_room_for_users_in_one_number(tmp_path):

@@ -199,7 +199,7 @@ def test_several_experiments_on_one_page(done, reviews, tmp_path):
     # two experiments make this claim of the same cells: it is there once, with both names
     [shared] = [line for line in overview.splitlines() if line.startswith("| Enc is above proj: next item")]
     assert shared.endswith("| strategies, family |")  # worded by the smaller one
-    assert "Text Prompt against User-LLM, measured" in text
+    assert "Times less than Text Prompt, in batches" in text
     assert re.search(r"\| v1 T11 \| .* \| not redone: Google Local", text)
 
 
@@ -246,19 +246,65 @@ def test_a_report_of_nothing(tmp_path, capsys):
     assert "no cell at scale smoke; run some first" in capsys.readouterr().err
 
 
-def test_efficiency_says_what_the_benchmark_says(tmp_path):
-    section = efficiency_section(BENCHMARKS)
+def test_cost_in_batches_is_what_the_benchmark_says(tmp_path):
+    shutil.copy(BENCHMARKS / "text_prompt.json", tmp_path)
+    section = efficiency_section(tmp_path)
     told = json.loads((BENCHMARKS / "text_prompt.json").read_text())
     [table, times] = [part for part in section.parts if part.kind == "table"]
     rows = as_dicts(table)
     assert rows[2]["LM tokens"] == f"{told['lm_tokens']['text_prompt_lora']:,.0f}"
-    assert told["commit"][:12] in section.about and told["hardware"] in section.about
+    assert told["commit"][:12] in table.about and told["hardware"] in table.about
     assert as_dicts(times)[0]["FLOPs, training"] == f"{told['flops_ratio']['train']['user_llm_enc']:.1f}"
+
+
+def test_cost_by_length_is_what_the_benchmark_says(tmp_path):
+    """In the benchmark's form: what is kept of a user is not trained, long texts are not either."""
+
+    def cell(tokens, seconds, flops, step=None):
+        trained = {} if step is None else {"training_step": step}
+        return {
+            "lm_tokens": tokens,
+            "cpu_s": {"first_token": seconds, "answer": 3 * seconds, "per_token": 0.01} | trained,
+            "flops": {"first_token": flops} | dict.fromkeys(trained, 3 * flops),
+            "formula": {"first_token": 2.0 * tokens},
+            "peak_mib": {"answer": 100.0},
+        }
+
+    cells = {
+        "text_prompt": {"50": cell(640, 2.0, 4e9, 8.0), "100": cell(1250, 5.0, 8e9)},
+        "cross_attention": {"50": cell(32, 0.25, 1e9, 1.0), "100": cell(32, 0.5, 1e9, 1.0)},
+        "tokens_kept": {"50": cell(32, 0.1, 0.5e9), "100": cell(32, 0.1, 0.5e9)},
+    }
+    told = {
+        "commit": "c" * 40,
+        "date": "2031-01-02",
+        "hardware": "a machine",
+        "lm": "an LM",
+        "lengths": [50, 100],
+    }
+    (tmp_path / "efficiency.json").write_text(json.dumps(told | {"cells": cells}))
+    section = efficiency_section(tmp_path)
+    found = {part.title: as_dicts(part) for part in section.parts if part.kind == "table"}
+    first = found["Times less than Text Prompt: first token, CPU s"]
+    assert [row["50 events"] for row in first] == ["8.0", "20.0"]
+    assert [row["100 events"] for row in first] == ["10.0", "50.0"]
+    step = found["Times less than Text Prompt: training step, CPU s"]
+    assert [list(row.values())[1:] for row in step] == [["8.0", "–"], ["–", "–"]]
+    assert found["LM tokens before the answer"][0]["100 events"] == "1,250"
+    assert found["Counted against the formula"][1]["50 events"] == f"{1e9 / 64:.2f}"
+    [picture] = [part for part in section.parts if part.kind == "picture"]
+    lines = picture.figure.axes[0].get_lines()
+    assert lines[0].get_ydata().tolist() == [640, 1250]
+
+
+def test_cost_that_was_not_measured(tmp_path):
     nothing = efficiency_section(tmp_path)
     assert nothing.parts == [] and nothing.about.startswith("Not measured")
-    (tmp_path / "text_prompt.json").write_text('{"events": 50}')
-    with pytest.raises(UserError, match="not what the benchmark writes"):
-        efficiency_section(tmp_path)
+    for name in ("efficiency.json", "text_prompt.json"):
+        (tmp_path / name).write_text('{"events": 50}')
+        with pytest.raises(UserError, match=f"{name}: not what the benchmark writes"):
+            efficiency_section(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_columns_without_a_word_are_left_out():

@@ -15,6 +15,7 @@ from typing import NoReturn
 from userllm.cli import (
     contextualize,
     data,
+    embed,
     evaluate,
     experiments,
     generate,
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         report,
         experiments,
+        embed,
         recommend,
         score,
         generate,

@@ -176,6 +176,7 @@ class DualEncoder(UserEncoder):
 
     causal = False
     per_event = False
+    not_extended = "a dual encoder has one embedding of the whole history"
     frequencies: Tensor | None
 
     def __init__(self, config: DualConfig, fields: list[FieldShape]):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from userllm.data.store import Dataset
 from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain
+from userllm.evaluation.questions import Answers, Ask, Question, joined
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
@@ -74,18 +76,20 @@ class OpenEvaluator:
         config: EvaluationConfig,
         seed: int,
         progress: Callable[[str], None] = print,
+        ask: Ask = processes.spread,
     ):
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
-        self.users, self.config, self.seed, self.progress = users, config, seed, progress
+        self.users, self.config, self.seed, self.progress, self.ask = users, config, seed, progress, ask
+        self._known = cache(self._asked)
         self.decodings: dict[str, TextDecoding] = {"greedy": config.text.greedy}
         if config.text.sampled is not None:
             self.decodings["sampled"] = config.text.sampled
 
-    def write(self, name: str) -> Texts:
-        """Every system's texts. Raises UserError where not two users have something to write."""
+    def _asked(self, name: str) -> tuple[Texts, np.ndarray]:
+        """What is asked of whom, and the rows of somebody else for each."""
         task = self.model.open_tasks[name]
-        window = self.split.visible(self.model.window)
         rows = self.users.rows
+        window = self.split.visible(self.model.window)
         asked = task.examples(self.dataset, rows[:, 0], rows[:, 2], window)
         places = np.flatnonzero([example is not None for example in asked])
         most = self.config.text.users
@@ -95,55 +99,71 @@ class OpenEvaluator:
         if len(places) < 2:
             raise UserError(f"evaluation of {name}: {len(places)} users have a text; it takes at least two")
         texts = Texts(rows[places], [example for p in places if (example := asked[p]) is not None])
-        other = rows[self.users.other[places]]
-        self.progress(f"{name}: texts for {len(places)} of {self.users.available} users")
-        asked_of: dict[str, np.ndarray | None] = {"user_llm": texts.rows}
-        copied_of = {"own_last": texts.rows}
-        if self.config.other_user:
-            asked_of["user_llm_shuffled"] = copied_of["other_last"] = other
-        for system, histories in (asked_of | {"no_user": None}).items():
-            self._answer(task.config.target_tokens, texts, system, histories)
+        return texts, rows[self.users.other[places]]
+
+    @property
+    def _systems(self) -> list[str]:
+        return ["user_llm", *(["user_llm_shuffled"] if self.config.other_user else []), "no_user"]
+
+    def _of(self, name: str, system: str) -> list[Question]:
+        starts = range(0, len(self._known(name)[0].rows), self.config.batch)
+        return [Question(name, system, start) for start in starts]
+
+    def questions(self) -> list[Question]:
+        """All that will be asked of the language model."""
+        return [
+            q for name in self.model.open_tasks for system in self._systems for q in self._of(name, system)
+        ]
+
+    def write(self, name: str) -> Texts:
+        """Every system's texts. Raises UserError where not two users have something to write."""
+        task = self.model.open_tasks[name]
+        texts, other = self._known(name)
+        self.progress(f"{name}: texts for {len(texts.rows)} of {self.users.available} users")
+        copied_of = {"own_last": texts.rows} | ({"other_last": other} if self.config.other_user else {})
+        for system in self._systems:
+            said = joined(self.ask(self._of(name, system), self.answer))
+            texts.nats[system], texts.tokens, texts.read[system] = said["nats"], said["tokens"], said["read"]
+            for decoding in self.decodings:
+                texts.written[system, decoding] = [text for text in said[decoding] if text is not None]
         for system, histories in copied_of.items():
             if (copies := task.copied(self.dataset, histories[:, 0], histories[:, 2])) is not None:
                 texts.written[system, "greedy"] = copies
         return texts
 
     @torch.no_grad()
-    def _answer(self, most: int, texts: Texts, system: str, histories: np.ndarray | None) -> None:
-        """Fill in what one system says, conditioned on ``histories`` (None: the base LM)."""
+    def answer(self, question: Question) -> Answers:
+        """What a system says to one batch of users: the likelihood of their own text, and new ones by decoding.
+
+        A text of a decoding that is not for this user is None.
+        """
         self.model.eval()
-
-        def answer(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[str]]]:
-            written: dict[str, list[str]] = {}
-            part = slice(start, start + self.config.batch)
-            examples = texts.examples[part]
-            prompts, targets = [e.prompt for e in examples], [e.target for e in examples]
-            users = None
-            if histories is not None:
-                users = self.model.context(self.stored.batch(histories[part]).to(self.model.lm.device))
-            nll, tokens = self.model.text_losses(prompts, targets, users, most)
-            for name, decoding in self.decodings.items():
-                count = len(examples)
-                if name == "sampled" and self.config.text.sampled_users is not None:
-                    count = min(count, self.config.text.sampled_users - start)
-                if count > 0:
-                    some = (
-                        users
-                        if users is None
-                        else users.select(torch.arange(count, device=users.mask.device))
-                    )
-                    numbers = range(start, start + count)
-                    written[name] = self.model.write_texts(prompts[:count], some, decoding, numbers)
-            read = self._tokens_read(prompts, users)
-            return nll.double().cpu().numpy(), tokens.cpu().numpy(), read, written
-
-        # every batch by one process, whole, so that the texts are those of a single process
-        said = processes.spread(range(0, len(texts.rows), self.config.batch), answer)
-        texts.nats[system] = np.concatenate([nats for nats, *_ in said])
-        texts.tokens = np.concatenate([tokens for _, tokens, *_ in said])
-        texts.read[system] = np.concatenate([read for *_, read, _ in said])
-        for name in self.decodings:
-            texts.written[system, name] = [text for *_, written in said for text in written.get(name, [])]
+        texts, other = self._known(question.task)
+        start, most = question.start, self.model.open_tasks[question.task].config.target_tokens
+        part = slice(start, start + self.config.batch)
+        prompts = [example.prompt for example in texts.examples[part]]
+        users = None  # "no_user" is the base LM
+        if question.system != "no_user":
+            histories = (other if question.system == "user_llm_shuffled" else texts.rows)[part]
+            users = self.model.context(self.stored.batch(histories).to(self.model.lm.device))
+        nll, tokens = self.model.text_losses(prompts, texts.targets[part], users, most)
+        answers = {
+            "nats": nll.double().cpu().numpy(),
+            "tokens": tokens.cpu().numpy(),
+            "read": self._tokens_read(prompts, users),
+        }
+        for name, decoding in self.decodings.items():
+            count = len(prompts)
+            if name == "sampled" and self.config.text.sampled_users is not None:
+                count = max(0, min(count, self.config.text.sampled_users - start))
+            answers[name] = np.full(len(prompts), None)
+            if count > 0:
+                some = users
+                if users is not None:
+                    some = users.select(torch.arange(count, device=users.mask.device))
+                numbers = range(start, start + count)
+                answers[name][:count] = self.model.write_texts(prompts[:count], some, decoding, numbers)
+        return answers
 
     def _tokens_read(self, prompts: Sequence[str], users: UserContext | None) -> np.ndarray:
         asked = self.model.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]

@@ -43,7 +43,31 @@ def rank_of(scores: Tensor, target: Tensor, excluded: Tensor | None = None) -> T
     return ahead.sum(1) + 1
 
 
+def by_length(rows: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Places of rows [n, 3], a batch each, alike lengths together."""
+    order = np.argsort(rows[:, 2] - rows[:, 1], kind="stable")
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
+
+
 @torch.no_grad()
+def encoder_answers(
+    encoder: UserEncoder, stored: StoredHistories, dataset: Dataset, rows: np.ndarray, exclude_seen: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder's rank of each true next item [b], and its log-likelihood in nats [b] over the catalogue: one batch.
+
+    rows [b, 3]: (user, start, stop) as ``Split.examples`` gives them; a history without events is not allowed here.
+    Raises UserError for an encoder that cannot rank the catalogue by itself.
+    """
+    device = next(encoder.parameters()).device
+    histories = stored.batch(rows).to(device)
+    everyone = torch.arange(len(rows), device=device)
+    scores = encoder.next_item_scores(histories, everyone, histories.lengths)
+    target = target_items(dataset, rows).to(device)
+    excluded = seen_items(dataset, rows).to(device) if exclude_seen else None
+    log_p = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0]
+    return rank_of(scores, target, excluded).cpu().numpy(), log_p.cpu().numpy()
+
+
 def encoder_ranks(
     encoder: UserEncoder,
     stored: StoredHistories,
@@ -52,30 +76,15 @@ def encoder_ranks(
     exclude_seen: bool,
     batch: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The encoder's rank of each true next item [n], and its log-likelihood in nats [n] over the catalogue.
-
-    rows [n, 3]: (user, start, stop) as ``Split.examples`` gives them; a history without events is not allowed here.
-    Batches are spread over the processes. Raises UserError for an encoder that cannot rank the catalogue by itself.
-    """
-    device = next(encoder.parameters()).device
+    """The same for any number of rows [n, 3], batches of them spread over the processes."""
     ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
-    order = np.argsort(rows[:, 2] - rows[:, 1], kind="stable")  # alike lengths together
     was_training = encoder.training
     encoder.eval()
-
-    def answer(start: int) -> tuple[np.ndarray, np.ndarray]:
-        part = order[start : start + batch]
-        histories = stored.batch(rows[part]).to(device)
-        everyone = torch.arange(len(part), device=device)
-        scores = encoder.next_item_scores(histories, everyone, histories.lengths)
-        target = target_items(dataset, rows[part]).to(device)
-        excluded = seen_items(dataset, rows[part]).to(device) if exclude_seen else None
-        log_p = torch.log_softmax(scores.float(), -1).gather(1, target[:, None])[:, 0]
-        return rank_of(scores, target, excluded).cpu().numpy(), log_p.cpu().numpy()
-
-    starts = range(0, len(rows), batch)
-    for start, (found, log_p) in zip(starts, processes.spread(starts, answer), strict=True):
-        part = order[start : start + batch]
+    parts = by_length(rows, batch)
+    said = processes.spread(
+        parts, lambda part: encoder_answers(encoder, stored, dataset, rows[part], exclude_seen)
+    )
+    for part, (found, log_p) in zip(parts, said, strict=True):
         ranks[part], logliks[part] = found, log_p
     encoder.train(was_training)
     return ranks, logliks

@@ -13,6 +13,7 @@ import polars as pl
 
 from userllm.data.sources.event_rows import Rejects
 from userllm.data.sources.json_rows import HALF, object_of
+from userllm.data.sources.list_column import list_column
 from userllm.data.sources.raw_files import LineBlocks, Rejected
 from userllm.data.sources.review_texts import plain, plain_text
 
@@ -71,8 +72,13 @@ class Catalogue:
                 except ValueError as error:
                     bad.append(Rejected(str(path), line, str(error)))
             self._rejected += rejects.take(bad)
-            frame = pl.DataFrame(rows, schema=SCHEMA, orient="row")
-            self._frames.append(frame.with_columns(_titles(frame["title"])))
+            ids, titles, categories = zip(*rows, strict=True) if rows else ((), (), ())
+            columns = [
+                pl.Series("id", ids, dtype=pl.String),
+                _titles(pl.Series(titles, dtype=pl.String)),
+                list_column("category", categories),
+            ]
+            self._frames.append(pl.DataFrame(columns))
 
     def items(self) -> pl.DataFrame:
         """id, title, category: a row per item, those of the reviews first. Of rows about one item the first counts."""

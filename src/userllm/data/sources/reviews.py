@@ -8,6 +8,7 @@ metadata of their items is looked up. An item without a title is shown by its ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import polars as pl
 
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, RowCounts
+from userllm.data.in_turn import ahead
 from userllm.data.sources.catalogue import Catalogue, ItemForm
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_rows import EventRows, Rejects
@@ -97,16 +99,16 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
     if not reviews:
         raise UserError(f"{', '.join(paths)}: holds metadata and no reviews; give the reviews, too")
     texts = [name for name in publisher.texts if any(name in file.form.columns for file in reviews)]
-    source = source_of(publisher.name, paths, [file.path for file in files])
     memory = bytes_of(config.memory)
-    with DatasetBuilder(out, _fields(texts), memory=memory) as builder:
+    with DatasetBuilder(out, _fields(texts), memory=memory) as builder, ThreadPoolExecutor(1) as aside:
+        source = aside.submit(source_of, publisher.name, paths, [file.path for file in files])
         rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
         reader = ReviewReader(config, texts, block_of(memory), rejects)
         groups: list[pl.Series] = []
         for file in reviews:
             announce(f"{publisher.name}: {file.path}, {file.form.said}")
             before = builder.item_numbers.size
-            for batch in reader.batches(file):
+            for batch in ahead(reader.batches(file)):
                 builder.add(batch)
             new = builder.item_numbers.size - before
             group = file.group if publisher.by_category else None
@@ -121,7 +123,7 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
         units = dict.fromkeys(file.form.unit for file in reviews)
         builder.finish(
             name=_name(publisher, reviews),
-            source=source,
+            source=source.result(),
             time=" and ".join(f"{SPELT[unit]} since 1970" for unit in units),
             ticks_per_second=TICKS["ms"],
             count_filters=config.counts(),

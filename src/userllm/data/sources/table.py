@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,11 +18,13 @@ import polars as pl
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, Source
 from userllm.data.count_filters import CountFilters
+from userllm.data.in_turn import ahead
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_filters import OnBadRows
 from userllm.data.sources.event_rows import EventRows, Rejects
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.json_rows import json_rows, parquet_rows
+from userllm.data.sources.list_column import list_column
 from userllm.data.sources.raw_files import Rejected, Rows, find_files, format_of
 from userllm.data.sources.table_config import ItemsConfig, TableConfig
 from userllm.data.sources.values import TimeReader
@@ -71,21 +74,21 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
     fields.append(FieldSpec("title", "item", "text"))
     if old is not None:
         fields = list(old.card.fields)
-    source = source_of("table", config.path, files)
-    with DatasetBuilder(out, fields, memory=memory) as builder:
+    with DatasetBuilder(out, fields, memory=memory) as builder, ThreadPoolExecutor(1) as aside:
+        given = aside.submit(source_of, "table", config.path, files)
         rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
         reader = TableReader(config, block_of(memory), rejects)
         if old is not None:
             builder.start_from(old, TimeReader(config.time_unit, found=False).ticks)
         if config.items.path:
             builder.add_items(reader.items())
-        for batch in reader.batches(files):
+        for batch in ahead(reader.batches(files)):
             builder.add(batch)
         found = reader.time
         recipe = asdict(replace(config, path=[], items=replace(config.items, path=[]), time_unit=found.unit))
         builder.finish(
             name=name,
-            source=source if old is None else _joined(old.card.source, source),
+            source=given.result() if old is None else _joined(old.card.source, given.result()),
             time=str(found) if old is None else old.card.time,
             ticks_per_second=found.ticks,
             count_filters=config.counts() if old is None else CountFilters(config.repeated),
@@ -151,10 +154,15 @@ class TableReader:
         for file in find_files(config.path):
             for rows in self._rows(file, wanted):
                 lines, bad = rows.lines(), list(rows.rejected)
-                for line, row in zip(
-                    lines.tolist(), rows.frame.cast(pl.String).iter_rows(named=True), strict=True
+                text = {name: rows.frame[name].cast(pl.String).to_list() for name in rows.frame.columns}
+                nothing = [None] * len(lines)
+                for line, key, title, category in zip(
+                    lines.tolist(),
+                    text[config.key],
+                    text.get(config.title, nothing),
+                    text.get(config.category, nothing),
+                    strict=True,
                 ):
-                    key = row[config.key]
                     if not key:
                         bad.append(Rejected(rows.file, line, f"{config.key} is missing"))
                     elif key in seen:
@@ -164,12 +172,12 @@ class TableReader:
                     else:
                         seen[key] = line
                         ids.append(key)
-                        titles.append((config.title and row[config.title]) or key)
-                        categories.append(self._categories(row[config.category]) if config.category else [])
+                        titles.append(title or key)
+                        categories.append(self._categories(category))
                 self.rejects.take(sorted(bad, key=lambda one: one.line))
         frame = pl.DataFrame({"id": ids, "title": titles}, schema={"id": pl.String, "title": pl.String})
         if config.category:
-            frame = frame.with_columns(pl.Series("category", categories, dtype=pl.List(pl.String)))
+            frame = frame.with_columns(list_column("category", categories))
         return frame
 
     def _categories(self, text: str | None) -> list[str]:
