@@ -152,6 +152,8 @@ def genres_block(task: str = "genre_preference") -> str | None:
         "|---|---|---|---|---|",
     ]
     for (name, system), label in LABEL_SYSTEMS.items():
+        if system not in entries[name]:
+            continue  # evaluated without another user
         entry = entries[name][system]
         read = f"{entry['prompt_tokens']['value']:.0f}" if "prompt_tokens" in entry else "–"
         cells = [interval(entry[key]) for key in ("f1", "precision", "recall")]
