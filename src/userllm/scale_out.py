@@ -49,7 +49,7 @@ BATCH_EVENTS = 8192
 def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """The last user embedding [n, U] of each history (user, start, stop) [n, 3], and whether it has one [n].
 
-    Of a causal encoder it knows the whole history; a history without events has none. Histories of alike length go
+    Of a causal encoder it knows the whole history; a history without events has none, but zeros. Histories of alike length go
     through the encoder together.
     """
     device = next(encoder.parameters()).device
@@ -59,7 +59,7 @@ def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndar
         embeddings, mask = encoder(stored.batch(rows[places]).to(device))
         last = embeddings[torch.arange(len(places), device=device), (mask.sum(1) - 1).clamp_min(0)]
         known[places] = mask.any(1).cpu()
-        found[places] = last.float().cpu()
+        found[places] = (last.float() * mask.any(1, keepdim=True)).cpu()
     return found, known
 
 
