@@ -49,8 +49,8 @@ BATCH_EVENTS = 8192
 def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """The last user embedding [n, U] of each history (user, start, stop) [n, 3], and whether it has one [n].
 
-    Of a causal encoder it knows the whole history; a history without events has none, but zeros. Histories of alike length go
-    through the encoder together.
+    Of a causal encoder it knows the whole history; a history without events has none, but zeros. Histories of alike
+    length go through the encoder together.
     """
     device = next(encoder.parameters()).device
     found = torch.zeros(len(rows), encoder.width)
