@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from userllm.data.sources.reviews_config import ReviewsConfig
 from userllm.data.sources.table_config import TableConfig
 from userllm.data.splits import SplitConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig
@@ -22,10 +23,14 @@ class DataConfig:
     """Which prepared dataset a run uses."""
 
     release: str | None = "movielens-1m"
-    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), or "synthetic", a small one
-    that it makes, for smoke runs; null with ``folder``."""
+    """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), one that needs ``path``
+    (movielens, amazon, google-local), or "synthetic" or "synthetic-reviews", small ones that it makes, for smoke runs;
+    null with ``folder``."""
     path: Path | None = None
-    """Raw files of ``release`` ("movielens" for any release): a folder or a zip. Found by userllm if null."""
+    """Raw files of ``release`` ("movielens" for any release): a folder or a zip; of amazon and google-local a folder, a
+    file or a pattern. Found by userllm if null."""
+    reviews: ReviewsConfig | None = None
+    """What is kept of amazon and google-local, and how they are read; null keeps everything."""
     folder: Path | None = None
     """A dataset prepared before; overrides ``release``."""
     descriptions: Path | None = None

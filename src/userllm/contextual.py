@@ -143,12 +143,15 @@ class ContextualLM(nn.Module):
         """Behind ``to``, ``double`` and so on: the answers follow the LM; stored states are dropped if it changed."""
         before = self.lm.device, self.lm.dtype
         super()._apply(fn, recurse)
-        if (self.lm.device, self.lm.dtype) == before:
-            return self
+        if (self.lm.device, self.lm.dtype) != before:
+            self.follow_lm()
+        return self
+
+    def follow_lm(self) -> None:
+        """Take the answers to where the LM is now; drop what was stored of it."""
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
         self._questions = {name: ids.to(self.lm.device) for name, ids in self._questions.items()}
         self.forget_lower_states()
-        return self
 
     @property
     def closed_tasks(self) -> dict[str, ClosedTask]:
@@ -331,19 +334,25 @@ class ContextualLM(nn.Module):
         return -self.answer_losses(task, answers, users)[0]
 
     def answer_losses(
-        self, task: str, answers: Tensor, users: UserContext | None, teacher: Tensor | None = None
+        self,
+        task: str,
+        answers: Tensor,
+        users: UserContext | None,
+        teacher: Tensor | None = None,
+        together: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Negative log-likelihood [E] of the answers, and the cross-entropy [E] against a teacher's distribution.
 
         teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
         node's children is compared with the teacher's (ours). Answers are read in groups of like length: most need a
-        token or two before they are the only one left, a few need many.
+        token or two before they are the only one left, a few need many. together: all in one group, so that the LM is
+        called once, whatever the answers are.
         """
         closed = self.answers[task]
         nll = torch.zeros(len(answers), device=answers.device)
         taught = torch.zeros_like(nll)
         taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
-        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
+        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 1 if together else 3)
         for group in torch.unique(group_of):
             part = torch.nonzero(group_of == group)[:, 0]
             mine = users.select(part) if users is not None and len(users) == len(answers) else users

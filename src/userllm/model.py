@@ -431,6 +431,7 @@ class UserLLM(ContextualLM):
                     "sha256": self.reference.sha256,
                     "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
+                    "products": self.reference.products,
                 },
                 "encoder": described_encoder(self.encoder),
                 "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],
@@ -493,7 +494,8 @@ class UserLLM(ContextualLM):
         file, saved = folder / "config.json", read_description(folder)
         strategy: Strategy = saved["strategy"]
         where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
-        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"])
+        products = saved["lm"].get("products", "float32")  # older folders do not say
+        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"], products=products)
         if where == saved["lm"]["name"]:
             asked.revision = saved["lm"].get("revision")  # folders written by userllm 0.1.0 do not say
         base, tokenizer, reference = load(asked)
@@ -554,6 +556,7 @@ def summarizer_of(fusion: FusionConfig, own: ResolvedLM) -> Summarizer | None:
     lm = LanguageModelConfig(name=own.name, revision=own.revision)
     if config.lm is not None:
         lm = LanguageModelConfig(name=config.lm)
+    lm.products = own.products
     return Summarizer(lm, config.instruction, config.new_tokens, config.batch)
 
 

@@ -11,6 +11,7 @@ from userllm.data.build import DatasetBuilder, EventBatch, bytes_of
 from userllm.data.card import FieldSpec, RowCounts, Source
 from userllm.data.count_filters import CountFilters
 from userllm.data.numbering import Numbering
+from userllm.data.sources import table
 from userllm.data.sources.table import append_table, prepare_table
 from userllm.data.sources.table_config import TableConfig
 from userllm.data.store import Dataset
@@ -48,6 +49,7 @@ def test_blocks_and_ranges_change_nothing(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(count_filters, "BLOCK", 11)
     monkeypatch.setattr(columns, "BLOCK", 13)
     monkeypatch.setattr(sorting, "FEW_ROWS", 20)
+    monkeypatch.setattr(sorting, "IN_CACHE", 15)
     for memory in (2**31, 1000):
         parts = build(tmp_path / "parts", events, 9, asked, memory)
         assert parts.card.fingerprint == whole.card.fingerprint
@@ -57,6 +59,27 @@ def test_blocks_and_ranges_change_nothing(asked, tmp_path, monkeypatch):
         assert parts.items.equals(whole.items)
         rows = range(whole.num_events)
         assert parts.event_texts("note", rows) == whole.event_texts("note", rows)
+
+
+@pytest.mark.parametrize("far", [1, 2**40, 2**58])
+def test_a_log_in_order_of_users_is_sorted_in_parts(far, tmp_path, monkeypatch):
+    """Users come one after the other, their times by chance and with ties; one later user breaks the order."""
+    monkeypatch.setattr(sorting, "IN_CACHE", 15)
+    random = np.random.default_rng(0)
+    user = np.sort(random.integers(0, 30, 300))
+    frame = pl.DataFrame(
+        {
+            "user": [f"u{n}" for n in user], "item": [f"i{n}" for n in range(300)],
+            "time": random.integers(-3, 4, 300) * far, "rating": np.ones(300, np.float32), "note": [""] * 300,
+        }
+    )  # fmt: skip
+    late = frame.tail(1).with_columns(user=pl.lit("u0"), item=pl.lit("late"))
+    for events in (frame, pl.concat([frame, late])):
+        dataset = build(tmp_path / "out", events, 50, CountFilters())
+        wanted = events.with_row_index("row").sort(
+            pl.col("user").replace_strict(dataset.user_ids, range(dataset.num_users)), "time", "row"
+        )
+        assert [dataset.item_ids[n] for n in dataset.events["item"]] == wanted["item"].to_list()
 
 
 def test_times_that_leave_no_room_for_users_in_one_number(tmp_path):
@@ -108,17 +131,50 @@ def test_somebody_else_replaced_the_dataset_meanwhile(tmp_path, monkeypatch):
     log.write_text("u,i,t\na,x,1\n")
     config = TableConfig(path=[str(log)], user="u", item="i", time="t")
     prepare_table(config, tmp_path / "out")
-    finish = DatasetBuilder.finish
 
-    def late(self, **settings):
-        monkeypatch.setattr(DatasetBuilder, "finish", finish)
+    def late(*given, **settings):
+        monkeypatch.undo()
         prepare_table(config, tmp_path / "out")
-        return finish(self, **settings)
+        return DatasetBuilder(*given, **settings)
 
-    monkeypatch.setattr(DatasetBuilder, "finish", late)
+    monkeypatch.setattr(table, "DatasetBuilder", late)
     with pytest.raises(UserError, match="was changed meanwhile by another command"):
         append_table(tmp_path / "out", [str(log)])
     assert Dataset.open(tmp_path / "out").num_events == 1
+
+
+def test_one_command_at_a_time_writes_a_dataset(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("u,i,t\na,x,1\n")
+    config = TableConfig(path=[str(log)], user="u", item="i", time="t")
+    for _ in range(2):  # of a new dataset, and of one that is there
+        with DatasetBuilder(tmp_path / "out", FIELDS):
+            with pytest.raises(UserError, match=r"out: another command is writing it"):
+                prepare_table(config, tmp_path / "out")
+            prepare_table(config, tmp_path / "out.2")
+        prepare_table(config, tmp_path / "out")
+    with (
+        DatasetBuilder(tmp_path / "out", FIELDS),
+        pytest.raises(UserError, match="another command is writing"),
+    ):
+        append_table(tmp_path / "out", [str(log)])
+    assert append_table(tmp_path / "out", [str(log)]).num_events == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out", "out.2"]
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("u,i,t\na,x,1\n")
+    for name in (".out.unfinished-abc", ".out.2.unfinished-abc", ".out.mine"):
+        (tmp_path / name / "files").mkdir(parents=True)
+    (tmp_path / ".out.lock").touch()
+    prepare_table(TableConfig(path=[str(log)], user="u", item="i", time="t"), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".out.2.unfinished-abc",
+        ".out.mine",
+        "log.csv",
+        "out",
+    ]
 
 
 def test_sizes():

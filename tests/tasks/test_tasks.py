@@ -43,6 +43,20 @@ def test_favorite_category_is_the_most_frequent_value_the_first_in_the_alphabet_
         assert task.answers[target] == best[0]
     assert ties
     assert unanswered or window > 1
+    assert "first in alphabetical order" in (task.tie_rule or "")
+    windows = np.arange(len(users)) % 4
+    each = [
+        int(task.targets(dataset, u[None], e[None], int(w))[0])
+        for u, e, w in zip(users, ends, windows, strict=True)
+    ]
+    assert task.targets(dataset, users, ends, windows).tolist() == each
+    assert task.targets(dataset, users[:0], ends[:0], window).tolist() == []
+
+
+def test_favorite_category_where_nothing_has_one(dataset):
+    items = dataset.items.with_columns(studio=pl.lit(None, pl.String))
+    with pytest.raises(UserError, match="task studio: no item has a studio"):
+        FavoriteCategory("studio", TaskConfig(kind="favorite_category", field="studio"), items)
 
 
 def test_favorite_category_of_a_single_valued_field(dataset):

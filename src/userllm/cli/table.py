@@ -1,14 +1,16 @@
-"""The arguments of ``data prepare table`` and ``data append``: flags and a YAML file -> ``TableConfig``."""
+"""Arguments of ``data prepare`` and ``data append``: flags and a YAML file -> ``TableConfig`` or ``ReviewsConfig``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from userllm.errors import UserError
 
 if TYPE_CHECKING:
+    from userllm.data.sources.reviews_config import ReviewsConfig
     from userllm.data.sources.table_config import TableConfig
 
 TABLE_NOTE = """\
@@ -45,6 +47,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--header", nargs="+", metavar="COL", help="names of all columns, if the files have no line with them"
     )
+    group = parser.add_argument_group("table, amazon, google-local")
+    add = group.add_argument
     add("--after", metavar="DATE", help="keep events from this date on")
     add("--before", metavar="DATE", help="keep events before this date")
     add(
@@ -61,6 +65,63 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-item-events", type=int, metavar="N", help="leave out items with fewer events")
     add("--min-user-events", type=int, metavar="N", help="leave out users with fewer events")
     add_reading_arguments(group)
+    group = parser.add_argument_group("amazon, google-local")
+    group.add_argument(
+        "--catalogue",
+        choices=("reviewed", "all"),
+        help="the items of the reviews (default), or all that the metadata names",
+    )
+    group.add_argument(
+        "--translated",
+        choices=("both", "translation", "original"),
+        help="google-local: which side of a translated text to keep (default: both, as they stand)",
+    )
+
+
+FILTERS = (
+    "after",
+    "before",
+    "at_least",
+    "repeated",
+    "min_item_events",
+    "min_user_events",
+    "on_bad_rows",
+    "memory",
+)
+TABLE = (
+    *(
+        "spec",
+        "user",
+        "item",
+        "time",
+        "time_unit",
+        "fields",
+        "text",
+        "items",
+        "item_key",
+        "title",
+        "category",
+    ),
+    *("category_separator", "format", "separator", "header"),
+)
+REVIEWS = ("catalogue", "translated")
+NOT_SETTINGS = ("name", "path", "out", "command")
+
+
+def check_arguments(arguments: argparse.Namespace, known: Sequence[str]) -> None:
+    """Raise UserError for a flag that says nothing to this data set."""
+    for name, value in vars(arguments).items():
+        if value is not None and name not in known and name not in NOT_SETTINGS:
+            flag = "--field" if name == "fields" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} means nothing to {arguments.name}; see `userllm data prepare --help`")
+
+
+def reviews_config(arguments: argparse.Namespace) -> ReviewsConfig:
+    """The flags. Raises UserError for impossible ones."""
+    from userllm.data.sources.reviews_config import ReviewsConfig
+
+    given = {name: getattr(arguments, name) for name in (*FILTERS, *REVIEWS)}
+    return ReviewsConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 def add_reading_arguments(parser: Any) -> None:

@@ -28,15 +28,16 @@ from userllm.data.columns import (
     write_column,
 )
 from userllm.data.commit import (
+    Scratch,
     check_unchanged,
     check_writable,
     created_by,
     files_name,
     put_in_place,
-    scratch_beside,
 )
 from userllm.data.count_filters import CountFilters, enough
 from userllm.data.numbering import Numbering
+from userllm.data.repeats import repeats_note
 from userllm.data.sorting import Spill
 from userllm.errors import UserError
 
@@ -98,8 +99,8 @@ class DatasetBuilder:
         events = [f for f in fields if f.level == "event" and f.name != "item"]
         self.texts = [f.name for f in events if f.kind == "text"]
         self.numbers = [f.name for f in events if f.kind != "text"]
-        self._scratch = scratch_beside(folder)
-        self.scratch = Path(self._scratch.name)
+        self._scratch = Scratch(folder)
+        self.scratch = self._scratch.path
         self.files = self.scratch / "files"
         for part in ("events", "values"):
             (self.files / part).mkdir(parents=True)
@@ -118,7 +119,7 @@ class DatasetBuilder:
         self._spill.close()
         if self._text_writer is not None:
             self._text_writer.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def start_from(self, old: Dataset, ticks_per_second: int) -> None:
         """Begin with the users, items and events of the dataset that is to grow; call it before anything is added."""
@@ -145,6 +146,18 @@ class DatasetBuilder:
             new = items.filter(~pl.col("id").is_in(self.items["id"].to_list()))
             self.items = pl.concat([self.items, new], how="diagonal_relaxed")
         self.item_numbers.numbers(items["id"])
+        self._known_items = self.item_numbers.size
+
+    def describe_items(self, items: pl.DataFrame) -> None:
+        """The catalogue of events that are in already: a row for each of their items, and for others that come after.
+
+        items: id, title, item fields, in any order.
+        """
+        self.item_numbers.numbers(items["id"])
+        known = self.item_numbers.ids.to_frame()
+        self.items = known.join(items, on="id", how="left", maintain_order="left")
+        if self.items["title"].null_count():
+            raise ValueError("an item of the events is not described")
         self._known_items = self.item_numbers.size
 
     def add(self, batch: EventBatch) -> None:
@@ -178,10 +191,12 @@ class DatasetBuilder:
         ticks_per_second: int = 1,
         count_filters: CountFilters | None = None,
         recipe: dict[str, Any] | None = None,
+        notes: Sequence[str] | None = None,
     ) -> DatasetCard:
         """Sort, filter, write, and put the dataset in its place.
 
-        time: how times were read. ticks_per_second: of the times that were added. recipe: see ``DatasetCard``.
+        time: how times were read. ticks_per_second: of the times that were added. recipe, notes: see ``DatasetCard``;
+        unless notes is None the last of them tells how many events were there before.
         Raises UserError where there are no events or items, or none are left.
         """
         asked = count_filters or CountFilters()
@@ -217,6 +232,8 @@ class DatasetBuilder:
         columns = {name: read_column(events, name) for name in self.types if name != "user"}
         for column in self.numbers:
             write_column(self.files / "values", column, distinct(columns[column]))
+        if notes is not None:
+            notes = [*notes, repeats_note(columns["item"], columns["time"], offsets)]
         card = DatasetCard(
             format_version=FORMAT_VERSION,
             name=name,
@@ -236,6 +253,7 @@ class DatasetBuilder:
             rows=self.counts,
             time=time,
             recipe=recipe,
+            notes=tuple(notes or ()),
         )
         if self._grown is not None:
             check_unchanged(self.folder, self._grown)

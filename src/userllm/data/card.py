@@ -70,7 +70,8 @@ class DatasetCard:
     """What card.json says. ``time_span``: first and last event, seconds since 1970. Counts are of the prepared data.
 
     files: the folder of the data beside card.json. time: how the times were read. recipe: the settings of
-    ``prepare table``, which ``append`` reads new rows with; None of other sources.
+    ``prepare table``, which ``append`` reads new rows with; None of other sources. notes: what else has to be known of
+    the data, each a sentence.
     """
 
     format_version: int
@@ -89,6 +90,7 @@ class DatasetCard:
     rows: RowCounts
     time: str
     recipe: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -110,6 +112,7 @@ class DatasetCard:
             raw["time_span"] = tuple(raw["time_span"])
             raw["fields"] = tuple(FieldSpec(**spec) for spec in raw["fields"])
             raw["filters"] = tuple(raw["filters"])
+            raw["notes"] = tuple(raw.get("notes", ()))
             raw["rows"] = RowCounts(**raw["rows"])
             return cls(**raw)
         except (ValueError, KeyError, TypeError) as error:

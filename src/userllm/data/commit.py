@@ -1,16 +1,18 @@
 """How a dataset folder changes: by one rename. Whoever is killed on the way leaves the old dataset or the new one.
 
 A new folder is made beside its place and renamed. In an old one the new files lie beside the old ones until card.json,
-which names the files that count, is replaced; the old files go afterwards.
+which names the files that count, is replaced; the old files go afterwards. One command at a time writes a dataset.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
 
 from userllm.data.card import DatasetCard
@@ -27,12 +29,49 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder}: exists and is no prepared dataset; choose another folder or remove it")
 
 
-def scratch_beside(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder on the same disk, from which files are renamed into their place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
-    )
+class Scratch:
+    """A temporary folder beside a dataset, from which files are renamed into their place; whoever has it may write.
+
+    What commands that were killed have left there is removed. Raises UserError where another command has it.
+    """
+
+    def __init__(self, folder: Path):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock_file = folder.with_name(f".{folder.name}.lock")
+        self._lock = _locked(self._lock_file, folder)
+        prefix = f".{folder.name}.unfinished-"
+        for left in folder.parent.iterdir():
+            if left.name.startswith(prefix):
+                shutil.rmtree(left, ignore_errors=True)
+        self._folder = tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=prefix, ignore_cleanup_errors=True
+        )
+        self.path = Path(self._folder.name)
+
+    def close(self) -> None:
+        """Remove the folder, and let others write."""
+        self._folder.cleanup()
+        if not self._lock.closed:
+            self._lock_file.unlink(missing_ok=True)
+            self._lock.close()
+
+
+def _locked(file: Path, folder: Path) -> TextIOWrapper:
+    """The lock on ``folder``. The system lets go of it when the process ends, however it ends."""
+    while True:
+        lock = open(file, "a", encoding="utf-8")  # noqa: SIM115 - open as long as it holds
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(file), os.fstat(lock.fileno())):
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                f"{folder}: another command is writing it; wait until that one is done"
+            ) from error
+        except FileNotFoundError:
+            pass  # whoever had it has just removed it: take it anew
+        lock.close()
 
 
 def files_name() -> str:

@@ -34,6 +34,7 @@ def describe_card(dataset: Dataset) -> str:
         "fields": ", ".join(f"{f.name} ({f.kind}, per {f.level})" for f in card.fields),
         "rows": str(card.rows),
         "filters": "; ".join(card.filters) or "none",
+        **({"notes": "; ".join(card.notes)} if card.notes else {}),
         "fingerprint": card.fingerprint,
         "created by": card.created_by,
     }

@@ -55,6 +55,8 @@ class Task:
     whole: dict[str, dict[str, float]]
     decoding: dict[str, dict[str, Any]]
     written: list[Written]
+    tie_rule: str | None = None
+    """which answer is right where several are as good"""
 
     @property
     def metrics(self) -> list[str]:
@@ -268,6 +270,7 @@ def _task(name: str, task: Mapping[str, Any], part: str, where: str, written: li
         users=task.get("n"),
         users_in_all=task.get("N"),
         part=part,
+        tie_rule=task.get("tie_rule"),
         invalid_items=task.get("invalid_items"),
         text_gains={
             against: {

@@ -246,6 +246,7 @@ def what_ran(run: RunRecord) -> list[tuple[str, str]]:
         ("Split", _text(split.get("kind")).replace("_", "-")),
         ("Split fingerprint", _text(split.get("fingerprint"))),
         ("Ties in time", _text(split.get("tie_rule"))),
+        *((f"Ties, {label(task.name, TASKS).lower()}", task.tie_rule) for task in run.tasks if task.tie_rule),
         *((f"Users, {label(task.name, TASKS).lower()}", users(task)) for task in run.tasks),
     ]
 

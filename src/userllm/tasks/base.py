@@ -18,6 +18,9 @@ import polars as pl
 from userllm.data.store import Dataset
 from userllm.errors import UserError
 
+EXAMPLES = 4096
+"""Examples whose categories are counted together."""
+
 
 @dataclass
 class TaskConfig:
@@ -61,6 +64,9 @@ class Task(ABC):  # noqa: B024 - what a closed and an open task must do has noth
 
 class ClosedTask(Task):
     """A task whose answers are known beforehand. ``answers`` [N] are distinct texts."""
+
+    tie_rule: str | None = None
+    """Which answer is right where several are as good; None where there is never more than one."""
 
     def __init__(self, name: str, config: TaskConfig, answers: Sequence[str]):
         super().__init__(name, config)
@@ -124,6 +130,8 @@ class FavoriteCategory(ClosedTask):
     the model sees, so counting would answer every question: the exact answer's upper bound is 1.
     """
 
+    tie_rule = "of categories that are equally frequent the first in alphabetical order"
+
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
         if config.field not in items.columns:
             raise UserError(
@@ -132,25 +140,47 @@ class FavoriteCategory(ClosedTask):
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[v] for v in column.to_list()]
         values = sorted({v for row in lists for v in row or () if v is not None})
+        if not values:
+            raise UserError(f"task {name}: no item has a {config.field}; leave this task out")
         super().__init__(name, config, values)
         number = {value: i for i, value in enumerate(values)}
-        self._has = np.zeros((len(lists), len(values)), dtype=np.int32)
-        for row, names in enumerate(lists):
-            for value in names or ():
-                if value is not None:
-                    self._has[row, number[value]] = 1
+        of_item = [sorted({number[value] for value in row or () if value is not None}) for row in lists]
+        # the values of item i are _values[_starts[i]:_starts[i + 1]]: there may be thousands of each
+        self._starts = np.concatenate([[0], np.cumsum([len(row) for row in of_item])]).astype(np.int64)
+        self._values = np.array([value for row in of_item for value in row], dtype=np.int64)
 
     def targets(
         self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
     ) -> np.ndarray:
         """See the base class: the most frequent value among the latest ``window`` events before ``ends``."""
-        seen = np.minimum(ends, window)[:, None]
-        back = np.arange(seen.max(initial=1))[None]
-        index = dataset.offsets[users][:, None] + ends[:, None] - 1 - back
-        real = back < seen
-        counts = self._has[dataset.events["item"][np.where(real, index, 0)]] * real[..., None]
-        totals = counts.sum(1)
-        return np.where(totals.max(1) > 0, totals.argmax(1), -1)
+        seen = np.minimum(ends, window)
+        blocks = [slice(start, start + EXAMPLES) for start in range(0, len(users), EXAMPLES)]
+        found = [self._most_frequent(dataset, users[b], ends[b] - seen[b], seen[b]) for b in blocks]
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+
+    def _most_frequent(
+        self, dataset: Dataset, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """The most frequent value [E] of each user's events ``starts:starts + lengths``, -1 where there is none."""
+        items = dataset.events["item"][_stretches(dataset.offsets[users] + starts, lengths)]
+        counts = self._starts[items + 1] - self._starts[items]
+        values = self._values[_stretches(self._starts[items], counts)]
+        example = np.repeat(np.repeat(np.arange(len(users)), lengths), counts)
+        found, often = np.unique(example * len(self.answers) + values, return_counts=True)
+        owner = found // len(self.answers)
+        order = np.lexsort(
+            (found, -often, owner)
+        )  # of each example the most frequent first, of these the first
+        best = order[np.flatnonzero(np.diff(owner[order], prepend=-1))]
+        targets = np.full(len(users), -1)
+        targets[owner[best]] = found[best] % len(self.answers)
+        return targets
+
+
+def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``starts[0], starts[0] + 1, ...``, ``lengths[0]`` numbers, then those from ``starts[1]`` on, and so on."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 def distinct_texts(titles: Sequence[str]) -> list[str]:

@@ -86,3 +86,4 @@ def test_killed_at_any_moment(command, tmp_path):
     assert not all(seen[1:])
     found = append_table(folder, [str(tmp_path / "new.csv")])  # what was left behind is in nobody's way
     assert recomputed(found) == found.card.fingerprint
+    assert [left.name for left in folder.parent.iterdir()] == ["log"]

@@ -20,6 +20,8 @@ from userllm.data.sources.table import prepare_table
 from userllm.data.sources.table_config import TableConfig
 from userllm.errors import UserError
 
+from .mutations import mutated
+
 CONFIG = TableConfig(
     path=["?"],
     user="u",
@@ -95,32 +97,6 @@ def write(file: Path, kind: str, table: list[list]) -> None:
                     [str(v).replace("\n", " ").replace('"', "'") for v in row] for row in [HEADER, *table]
                 ]
                 out.write("".join("\t".join(row) + "\n" for row in clean))
-
-
-INSERTED = [
-    b"\0", b"\xff\xfe", b'"', b"\n", b"\r", b",", b"\t", b"{", b"}", b"-", b"9" * 12, b"e400", b"nan", b"\\ud800",
-    b"\n\n", b"null", b"\xef\xbb\xbf", b"9" * 400,
-]  # fmt: skip
-
-
-def mutated(raw: bytes, random: np.random.Generator) -> bytes:
-    """One to four of: cut off, a byte changed, bytes put in, bytes taken out, a stretch twice, a 10 MB field."""
-    for _ in range(int(random.integers(1, 5))):
-        at, length = int(random.integers(len(raw) + 1)), int(random.integers(1, 40))
-        match random.integers(8):
-            case 0:
-                raw = raw[:at]
-            case 1 if at < len(raw):
-                raw = raw[:at] + bytes([random.integers(256)]) + raw[at + 1 :]
-            case 2 | 3 | 4:
-                raw = raw[:at] + INSERTED[random.integers(len(INSERTED))] + raw[at:]
-            case 5:
-                raw = raw[:at] + raw[at + length :]
-            case 6:
-                raw = raw[: at + length] + raw[at:]
-            case 7 if random.integers(12) == 0:
-                raw = raw[:at] + b"A" * (10 << 20) + raw[at:]
-    return raw
 
 
 def outcome(config: TableConfig, out: Path, file: Path) -> Dataset | str:

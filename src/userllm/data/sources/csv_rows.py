@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from userllm.data.sources.raw_files import LineBlocks, Rejected, Rows
+from userllm.data.sources.raw_files import LineBlocks, Rejected, Rows, occurrences
 from userllm.errors import UserError
 
 LONGEST_RECORD = 16 << 20
@@ -74,7 +74,7 @@ class CsvReader:
 
     def fast(self, block: bytes, line: int) -> Rows | None:
         """All rows of a regular block, None of any other."""
-        if b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+        if b"\0" in block or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
             return None
         ends: np.ndarray | None = None
         if self.quoted and b'"' in block:
@@ -84,8 +84,8 @@ class CsvReader:
             ends, separators = regular
             records = len(ends)
         else:
-            records = block.count(b"\n") + (not block.endswith(b"\n"))
-            separators = block.count(self.separator.encode())
+            records = occurrences(block, b"\n") + (not block.endswith(b"\n"))
+            separators = occurrences(block, self.separator.encode())
         if (
             separators != records * (self.width - 1) or self.width == 1
         ):  # a line too short, too long, or blank

@@ -93,7 +93,9 @@ def read_log(
             raise first_bad_line(file, separator, types, has_header) or UserError(
                 f"{file.label}: cannot be read ({str(error).splitlines()[0]})"
             ) from error
-        frame = frame.filter(~pl.all_horizontal(pl.all().is_null())).select(list(columns))  # no blank lines
+        if any(column.null_count() for column in frame):
+            frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # no blank lines
+        frame = frame.select(list(columns))
         faults = [frame[name].null_count() for name in columns]
         if sum(faults) or not all(frame[name].is_finite().all() for name in numbers):
             raise first_bad_line(file, separator, types, has_header) or UserError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,15 +15,54 @@ import polars as pl
 from userllm.data.sources.raw_files import POLARS_FAULTS, LineBlocks, Rejected, Rows
 from userllm.errors import UserError
 
+LITERAL = (b"{'", b"{u'")
+HALF = "half of a surrogate pair, which is no character"
 BYTES_A_ROW = 64
 """What a row of a Parquet file is taken to need in memory, to cut the file into batches."""
 
 
+LONGEST_LITERAL = 1 << 20
+"""Bytes of a Python literal that is read: parsing one may take hundreds of times its size in memory."""
+
+
 def json_rows(path: Path, wanted: Sequence[str], size: int) -> Iterator[Rows]:
-    """The wanted keys of a file with one JSON object per line, as text; null where an object lacks one."""
+    """The wanted keys of a file with one JSON object per line, as text; null where an object lacks one.
+
+    A line that begins as Python spells a dict (``{'asin': ...``) is read as a literal.
+    """
     blocks = LineBlocks(path, size)
     for block in blocks:
         yield JsonBlock(str(path), block, blocks.line, wanted).rows()
+
+
+def object_of(raw: bytes) -> dict[str, Any]:
+    """The object that a line is, JSON or a Python literal. Raises ValueError that says what is wrong with it."""
+    try:
+        value = _literal(raw) if raw.startswith(LITERAL) else json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _literal(raw: bytes) -> Any:
+    """A Python literal of text, numbers, lists and dicts. Nothing in it is ever run. Raises ValueError for others."""
+    if len(raw) > LONGEST_LITERAL:
+        raise ValueError(f"a Python literal of more than {LONGEST_LITERAL >> 20} MiB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\\d" in a text is no valid escape, and means what it says
+            return ast.literal_eval(raw.decode().strip())
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        reason = str(error.args[0] if error.args else type(error).__name__).partition(" on line ")[0]
+        raise ValueError(f"neither JSON nor a Python literal ({reason})") from error
 
 
 class JsonBlock:
@@ -30,14 +72,17 @@ class JsonBlock:
         self.label, self.line = label, line
         self.schema = dict.fromkeys(wanted, pl.String)
         self.lines = block.split(b"\n")
+        self.may_be_half = b"\\ud" in block.lower()
         self.numbers = [np.empty(0, dtype=np.int64)]
         self.frames = [pl.DataFrame(schema=self.schema)]
         self.rejected: list[Rejected] = []
 
     def rows(self) -> Rows:
         for place, raw in enumerate(self.lines):
-            if b"\\ud" in raw.lower() and _half_a_character(raw):
-                self._reject(place, "half of a surrogate pair, which is no character")
+            if raw.startswith(LITERAL):
+                self._read_literal(place)
+            elif self.may_be_half and b"\\ud" in raw.lower() and _half_a_character(raw):
+                self._reject(place, HALF)
         self._parse(0, len(self.lines))
         self.rejected.sort(key=lambda bad: bad.line)
         return Rows(self.label, pl.concat(self.frames), lambda: np.concatenate(self.numbers), self.rejected)
@@ -60,6 +105,18 @@ class JsonBlock:
             self._parse(start, middle)
             self._parse(middle, stop)
 
+    def _read_literal(self, place: int) -> None:
+        """Turn a line that is a Python literal into one of JSON."""
+        try:
+            value = object_of(self.lines[place])
+            self.lines[place] = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            self._reject(place, HALF)
+        except TypeError as error:
+            self._reject(place, f"neither JSON nor a Python literal ({error})")
+        except ValueError as error:
+            self._reject(place, str(error))
+
     def _reject(self, place: int, reason: str) -> None:
         self.rejected.append(Rejected(self.label, self.line + place, reason))
         self.lines[place] = b""
@@ -77,12 +134,10 @@ def _half_a_character(raw: bytes) -> bool:
 
 def _problem(raw: bytes) -> str:
     try:
-        value = json.loads(raw.decode())
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
-    return "not JSON that can be read" if isinstance(value, dict) else "not a JSON object"
+        object_of(raw)
+    except ValueError as error:
+        return str(error)
+    return "not JSON that can be read"
 
 
 def parquet_rows(path: Path, wanted: Sequence[str], size: int) -> Iterator[Rows]:

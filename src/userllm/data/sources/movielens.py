@@ -13,18 +13,22 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import polars as pl
 
 from userllm.data.build import DatasetBuilder, block_of
+from userllm.data.in_turn import ahead
 from userllm.data.numbering import Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
+from userllm.data.sources.list_column import list_column
 from userllm.data.sources.releases import find_release
 from userllm.data.store import Dataset, FieldSpec, Source, check_writable
 from userllm.errors import UserError
@@ -54,6 +58,8 @@ GENRES_100K = (
 )
 """The genre flags of u.item, in order."""
 NO_GENRES = ("(no genres listed)", "unknown", "")
+LARGEST_ID = 1 << 24
+"""Of a catalogue whose ids are looked up in a table."""
 YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
 
 
@@ -101,21 +107,26 @@ def prepare_movielens(
     if path is None:
         found = find_release(release)
         path, source = found.path, Source("movielens", found.where, found.file, found.sha256, found.served_by)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with opened(path, scratch=out.parent) as (layout, ratings, movies):
+    fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
+    with (
+        DatasetBuilder(out, fields, memory=memory) as builder,
+        opened(path, scratch=builder.scratch) as (layout, ratings, movies),
+        ThreadPoolExecutor(1) as aside,
+    ):
+        file = path if path.is_file() else ratings.path
+        digest = aside.submit(sha256_of, file) if source is None else None
         items = read_movies(layout, movies)
         if descriptions is not None:
             items = with_descriptions(items, descriptions)
-        fields = FIELDS if descriptions is None else (*FIELDS, DESCRIPTION)
-        with DatasetBuilder(out, fields, items=items, memory=memory) as builder:
-            for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
-                builder.add_numbered(events)
-            if builder.counts.read == 0:
-                raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
-            if source is None:
-                file = path if path.is_file() else ratings.path
-                source = Source("movielens", str(path), file.name, sha256_of(file), "path")
-            builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
+        builder.add_items(items)
+        for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
+            builder.add_numbered(events)
+        if builder.counts.read == 0:
+            raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
+        if source is None:
+            assert digest is not None
+            source = Source("movielens", str(path), file.name, digest.result(), "path")
+        builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
     return Dataset.open(out)
 
 
@@ -204,7 +215,9 @@ def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
         {
             "id": [movie.id for movie in movies],
             "title": [movie.title for movie in movies],
-            "genres": [[genre for genre in movie.genres if genre not in NO_GENRES] for movie in movies],
+            "genres": list_column(
+                "genres", [[one for one in movie.genres if one not in NO_GENRES] for movie in movies]
+            ),
             "year": [int(found[-1]) if found else None for found in years],
         },
         schema={"id": pl.String, "title": pl.String, "genres": pl.List(pl.String), "year": pl.Int32},
@@ -215,26 +228,43 @@ def read_ratings(
     layout: Layout, file: SourceFile, items: pl.DataFrame, catalogue: str, users: Numbering, size: int
 ) -> Iterator[pl.DataFrame]:
     """Batches of events (user, item, rating, time) in file order; users are numbered by first appearance."""
-    numbered_items = items.select(
-        pl.col("id").alias("item"), pl.int_range(pl.len(), dtype=pl.Int32).alias("number")
-    )
-    if "integer" in layout.columns.values():  # ids are compared as numbers: as text it would take longer
-        numbered_items = numbered_items.with_columns(pl.col("item").cast(pl.Int64))
+    # ids are compared as numbers: as text it would take longer
+    ids = items["id"].cast(pl.Int64) if "integer" in layout.columns.values() else items["id"]
+    number_of = ItemNumbers(ids)
     before = 0
-    for log in read_log(file, layout.separator, layout.columns, layout.header, size):
+    for log in ahead(read_log(file, layout.separator, layout.columns, layout.header, size)):
         log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
-        item = log.select("item").join(numbered_items, on="item", how="left", maintain_order="left")["number"]
-        if item.null_count():
-            row = int(item.is_null().arg_max() or 0)
+        item = number_of(log["item"])
+        if (unknown := item < 0).any():
+            row = int(unknown.argmax())
             line = line_of_row(file, before + row, layout.header is None)
             raise file.bad_line(line, f"item {log['item'][row]} is not in the catalogue {catalogue}")
         before += len(log)
         yield log.select(
             pl.Series("user", users.numbers(log["user"])),
-            item.alias("item"),
+            pl.Series("item", item),
             pl.col("time").cast(pl.Int64),
             pl.col("rating").cast(pl.Float32),
         )
+
+
+class ItemNumbers:
+    """Ids -> rows of the catalogue, int32, -1 for an id that is not in it. Whole numbers are looked up in a table."""
+
+    def __init__(self, ids: pl.Series):
+        self.table: np.ndarray | None = None
+        self.frame = pl.DataFrame({"id": ids}).with_row_index("number")
+        if ids.dtype == pl.Int64 and ids.is_between(0, LARGEST_ID).all():
+            self.table = np.full(int(ids.max()) + 2, -1, dtype=np.int32)  # type: ignore[arg-type]
+            self.table[ids.to_numpy()] = np.arange(len(ids))
+
+    def __call__(self, ids: pl.Series) -> np.ndarray:
+        if self.table is not None:
+            places = ids.to_numpy()
+            outside = (places < 0) | (places >= len(self.table))
+            return self.table[np.where(outside, len(self.table) - 1, places) if outside.any() else places]
+        found = ids.to_frame("id").join(self.frame, on="id", how="left", maintain_order="left")["number"]
+        return found.cast(pl.Int32).fill_null(-1).to_numpy()
 
 
 def _movies_100k(file: SourceFile) -> Iterator[Movie]:
@@ -265,14 +295,19 @@ def _movies_csv(file: SourceFile) -> Iterator[Movie]:
             raise UserError(
                 f"{file.label} line 1: no column {', '.join(missing)}; give a complete copy of the release"
             )
+        number, title, genres = (names.index(name) for name in ("movieId", "title", "genres"))
         for fields in reader:
             if not fields:
                 continue
             if len(fields) != len(names):
                 problem = f"{len(fields)} fields, expected {len(names)} ({', '.join(names)})"
                 raise file.bad_line(reader.line_num, problem)
-            row = dict(zip(names, (field.strip() for field in fields), strict=True))
-            yield Movie(reader.line_num, row["movieId"], row["title"], row["genres"].split("|"))
+            yield Movie(
+                reader.line_num,
+                fields[number].strip(),
+                fields[title].strip(),
+                fields[genres].strip().split("|"),
+            )
     except csv.Error as error:
         raise file.bad_line(reader.line_num, f"not CSV ({error})") from error
 

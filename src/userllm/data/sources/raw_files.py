@@ -78,6 +78,11 @@ def format_of(path: Path) -> Format:
     return FORMATS[ending]
 
 
+def occurrences(block: bytes, byte: bytes) -> int:
+    """How often a byte occurs: where it does so often, several times faster than ``bytes.count``."""
+    return int(np.count_nonzero(np.frombuffer(block, dtype=np.uint8) == ord(byte)))
+
+
 class LineBlocks:
     """The bytes of a text file, unpacked, in blocks that end with a line; what a reader cannot use yet it puts back.
 
@@ -86,8 +91,7 @@ class LineBlocks:
     """
 
     def __init__(self, path: Path, size: int):
-        self.path = path
-        self.size = size
+        self.path, self.size = path, size
         self.line = 1
         self.ended = False
         self._rest = b""
@@ -106,14 +110,25 @@ class LineBlocks:
 
     def __iter__(self) -> Iterator[bytes]:
         while not self.ended:
-            self.ended = not self._fill()
-            end = len(self._rest) if self.ended else self._rest.rfind(b"\n") + 1
-            block, self._rest = self._rest[:end], self._rest[end:]
+            raw = self._read()
+            self.ended = not raw
+            end = raw.rfind(b"\n") + 1
+            if end:
+                block, self._rest = b"".join((self._rest, memoryview(raw)[:end])), raw[end:]
+            elif b"\n" in self._rest and not self.ended:  # what the header's block left
+                end = self._rest.rfind(b"\n") + 1
+                block, self._rest = self._rest[:end], self._rest[end:] + raw
+            else:
+                block, self._rest = (self._rest, b"") if self.ended else (b"", self._rest + raw)
             if block:
                 self._tail = b""
                 yield block
-                self.line += block.count(b"\n") - self._tail.count(b"\n")
-                self._rest = self._tail + self._rest
+                self.line += occurrences(block, b"\n") - self._tail.count(b"\n")
+                self._rest = self._tail + self._rest if self._tail else self._rest
+        self._file.close()
+
+    def close(self) -> None:
+        """Where the rest is not wanted."""
         self._file.close()
 
     def put_back(self, tail: bytes) -> None:
@@ -122,18 +137,22 @@ class LineBlocks:
 
     def _fill(self) -> bool:
         """Read on; False at the end of the file."""
+        raw = self._read()
+        self._rest = self._rest + raw if self._rest else raw
+        return bool(raw)
+
+    def _read(self) -> bytes:
+        """What comes next; nothing at the end of the file."""
         if len(self._rest) > LONGEST_LINE:
             raise UserError(
                 f"{self.path} line {self.line}: longer than {LONGEST_LINE >> 20} MiB; this is no table"
             )
         try:
-            raw = self._file.read(max(self.size, len(self._rest)))  # of a long line twice as much each time
+            return self._file.read(max(self.size, len(self._rest)))  # of a long line twice as much each time
         except EOFError as error:
             raise self._damaged("ends in the middle of its packed data") from error
         except (OSError, zlib.error, zstandard.ZstdError) as error:
             raise self._damaged(f"cannot be read ({error})") from error
-        self._rest += raw
-        return bool(raw)
 
     def _damaged(self, problem: str) -> UserError:
         whole = self.line - 1 + self._rest.count(b"\n")

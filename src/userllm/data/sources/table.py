@@ -6,24 +6,28 @@ asked for, and the card says what became of every row: read = kept + rejected + 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
 
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
-from userllm.data.card import FieldSpec, RowCounts, Source
+from userllm.data.card import FieldSpec, Source
 from userllm.data.count_filters import CountFilters
+from userllm.data.in_turn import ahead
 from userllm.data.sources.csv_rows import csv_rows
+from userllm.data.sources.event_filters import OnBadRows
+from userllm.data.sources.event_rows import EventRows, Rejects
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.json_rows import json_rows, parquet_rows
-from userllm.data.sources.raw_files import MEND, Rejected, Rows, find_files, format_of
-from userllm.data.sources.table_config import ItemsConfig, OnBadRows, TableConfig
-from userllm.data.sources.values import TICKS, TimeReader, numbers_of
+from userllm.data.sources.list_column import list_column
+from userllm.data.sources.raw_files import Rejected, Rows, find_files, format_of
+from userllm.data.sources.table_config import ItemsConfig, TableConfig
+from userllm.data.sources.values import TimeReader
 from userllm.data.store import Dataset
 from userllm.errors import UserError
 
@@ -62,7 +66,6 @@ def append_table(
 def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Dataset:
     files = find_files(config.path)
     memory = bytes_of(config.memory)
-    reader = TableReader(config, block_of(memory))
     fields = [FieldSpec("item", "event", "single")]
     fields += [FieldSpec(column, "event", "single") for column, _ in config.number_columns()]
     fields += [FieldSpec(column, "event", "text") for column in config.text]
@@ -71,36 +74,36 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
     fields.append(FieldSpec("title", "item", "text"))
     if old is not None:
         fields = list(old.card.fields)
-    source = _source(config.path, files)
-    with DatasetBuilder(out, fields, memory=memory) as builder:
-        reader.rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
+    with DatasetBuilder(out, fields, memory=memory) as builder, ThreadPoolExecutor(1) as aside:
+        given = aside.submit(source_of, "table", config.path, files)
+        rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
+        reader = TableReader(config, block_of(memory), rejects)
         if old is not None:
             builder.start_from(old, TimeReader(config.time_unit, found=False).ticks)
         if config.items.path:
             builder.add_items(reader.items())
-        for batch in reader.batches(files):
+        for batch in ahead(reader.batches(files)):
             builder.add(batch)
-        found = reader.time or TimeReader(config.time_unit, found=False)
+        found = reader.time
         recipe = asdict(replace(config, path=[], items=replace(config.items, path=[]), time_unit=found.unit))
-        filters = CountFilters(config.repeated)
-        if old is None:
-            filters = CountFilters(config.repeated, config.min_item_events, config.min_user_events)
         builder.finish(
             name=name,
-            source=source if old is None else _joined(old.card.source, source),
+            source=given.result() if old is None else _joined(old.card.source, given.result()),
             time=str(found) if old is None else old.card.time,
             ticks_per_second=found.ticks,
-            count_filters=filters,
+            count_filters=config.counts() if old is None else CountFilters(config.repeated),
             recipe=recipe,
+            notes=(),
         )
     return Dataset.open(out)
 
 
-def _source(patterns: Sequence[str], files: Sequence[Path]) -> Source:
+def source_of(kind: str, patterns: Sequence[str], files: Sequence[Path]) -> Source:
+    """What the card says of files that somebody gave: a checksum over all of them."""
     digests = [sha256_of(file) for file in files]
     whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     label = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-    return Source("table", ", ".join(patterns), label, whole, "path")
+    return Source(kind, ", ".join(patterns), label, whole, "path")
 
 
 def _joined(old: Source, new: Source) -> Source:
@@ -108,43 +111,28 @@ def _joined(old: Source, new: Source) -> Source:
     return replace(new, where=f"{old.where}, {new.where}", file=f"{old.file}, then {new.file}", sha256=both)
 
 
-class Rejects:
-    """Where bad rows go: into rejects.csv (file, line, reason) where they are left out, else into an error."""
-
-    def __init__(self, file: Path, skip: bool):
-        self.file, self.skip = file, skip
-
-    def take(self, bad: Sequence[Rejected]) -> int:
-        """Write them down and count them. Raises UserError for the first where none is left out."""
-        if not bad:
-            return 0
-        if not self.skip:
-            raise UserError(f"{bad[0].file} line {bad[0].line}: {bad[0].reason}; {MEND}")
-        new = not self.file.exists()
-        with open(self.file, "a", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(["file", "line", "reason"])
-            writer.writerows([one.file, one.line, one.reason] for one in bad)
-        return len(bad)
-
-
 class TableReader:
-    """Files -> batches of events, and the catalogue. ``time`` is how times are read, once that is known."""
+    """Files -> batches of events, and the catalogue."""
 
-    rejects: Rejects
+    def __init__(self, config: TableConfig, block: int, rejects: Rejects):
+        self.config, self.block, self.rejects = config, block, rejects
+        numbers = [name for name, _ in config.number_columns()]
+        columns = {"user": config.user, "item": config.item, "time": config.time}
+        columns |= {name: name for name in [*numbers, *config.text]}
+        unit = config.time_unit
+        time = None if unit == "auto" else TimeReader(unit, found=False)
+        self.events = EventRows(columns, numbers, config.text, config, rejects, time)
 
-    def __init__(self, config: TableConfig, block: int):
-        self.config = config
-        self.block = block
-        self.time = None if config.time_unit == "auto" else TimeReader(config.time_unit, found=False)
-        self.numbers = [name for name, _ in config.number_columns()]
+    @property
+    def time(self) -> TimeReader:
+        """How times are read, once that is known."""
+        return self.events.time or TimeReader(self.config.time_unit, found=False)
 
     def batches(self, files: Sequence[Path]) -> Iterator[EventBatch]:
         """Every row of the files, in order."""
         for file in files:
             for rows in self._rows(file, self.config.columns()):
-                yield self._batch(rows)
+                yield self.events.batch(rows)
 
     def _rows(self, file: Path, wanted: list[str]) -> Iterator[Rows]:
         kind = self.config.format or format_of(file)
@@ -154,68 +142,6 @@ class TableReader:
             return json_rows(file, wanted, self.block)
         separator = "\t" if kind == "tsv" else self.config.separator
         return csv_rows(file, separator, kind == "csv", self.config.header or None, wanted, self.block)
-
-    def _batch(self, rows: Rows) -> EventBatch:
-        config, frame = self.config, rows.frame
-        read = len(frame) + len(rows.rejected)
-        if self.time is None and len(frame):
-            self.time = TimeReader.find(frame[config.time], f"{rows.file}, column {config.time}")
-        time = self.time or TimeReader("s", found=False)
-        typed = pl.DataFrame(
-            [
-                _ids(frame[config.user]).alias("user"),
-                _ids(frame[config.item]).alias("item"),
-                time.ticks_of(frame[config.time]),
-                *(numbers_of(frame[name]) for name in self.numbers),
-                *(frame[name].cast(pl.String) for name in config.text),
-            ]
-        )
-        needed = ["user", "item", "time", *self.numbers]
-        bad = rows.rejected
-        if any(typed[name].null_count() for name in needed):
-            fault = typed.select(pl.any_horizontal(pl.col(needed).is_null())).to_series()
-            bad = bad + self._reasons(rows, typed, fault, time)
-            bad.sort(key=lambda one: one.line)
-            typed = typed.filter(~fault)
-        rejected = self.rejects.take(bad)
-        filtered: dict[str, int] = {}
-        for rule, keep in self._filters(time):
-            left = typed.filter(keep)
-            filtered[rule] = len(typed) - len(left)
-            typed = left
-        return EventBatch(typed, RowCounts(read, len(typed), rejected, filtered))
-
-    def _reasons(self, rows: Rows, typed: pl.DataFrame, fault: pl.Series, time: TimeReader) -> list[Rejected]:
-        """Why each faulty row is: its first missing column."""
-        config = self.config
-        meant = {config.user: "user", config.item: "item", config.time: "time"}
-        meant |= {name: name for name in self.numbers}
-        asked = {config.time: time.asked} | dict.fromkeys(self.numbers, "a number")
-        lines = rows.lines()
-        found = []
-        for row in fault.arg_true().to_list():
-            column = next(name for name, own in meant.items() if typed[own][row] is None)
-            value = rows.frame[column][row]
-            reason = f"{column} is missing"
-            if value is not None and str(value).strip():
-                shown = str(value)[:SHOWN] + ("..." if len(str(value)) > SHOWN else "")
-                reason = f"{column} is {shown!r}, not {asked[column]}"
-            found.append(Rejected(rows.file, int(lines[row]), reason))
-        return found
-
-    def _filters(self, time: TimeReader) -> Iterator[tuple[str, pl.Expr]]:
-        config = self.config
-        for rule, limit in (("before", config.after), ("from", config.before)):
-            if limit is not None:
-                seconds = TimeReader("iso", found=False).ticks_of(pl.Series([limit]))[0] / TICKS["us"]
-                later = pl.col("time") >= seconds * time.ticks
-                yield (
-                    f"time {rule} {limit}" + (" on" if rule == "from" else ""),
-                    later if rule == "before" else ~later,
-                )
-        for rule in config.at_least:
-            column, _, value = rule.rpartition(":")
-            yield f"{column} below {value}", pl.col(column) >= float(value)
 
     def items(self) -> pl.DataFrame:
         """The catalogue in the order of its files: id, title, category."""
@@ -228,10 +154,15 @@ class TableReader:
         for file in find_files(config.path):
             for rows in self._rows(file, wanted):
                 lines, bad = rows.lines(), list(rows.rejected)
-                for line, row in zip(
-                    lines.tolist(), rows.frame.cast(pl.String).iter_rows(named=True), strict=True
+                text = {name: rows.frame[name].cast(pl.String).to_list() for name in rows.frame.columns}
+                nothing = [None] * len(lines)
+                for line, key, title, category in zip(
+                    lines.tolist(),
+                    text[config.key],
+                    text.get(config.title, nothing),
+                    text.get(config.category, nothing),
+                    strict=True,
                 ):
-                    key = row[config.key]
                     if not key:
                         bad.append(Rejected(rows.file, line, f"{config.key} is missing"))
                     elif key in seen:
@@ -241,12 +172,12 @@ class TableReader:
                     else:
                         seen[key] = line
                         ids.append(key)
-                        titles.append((config.title and row[config.title]) or key)
-                        categories.append(self._categories(row[config.category]) if config.category else [])
+                        titles.append(title or key)
+                        categories.append(self._categories(category))
                 self.rejects.take(sorted(bad, key=lambda one: one.line))
         frame = pl.DataFrame({"id": ids, "title": titles}, schema={"id": pl.String, "title": pl.String})
         if config.category:
-            frame = frame.with_columns(pl.Series("category", categories, dtype=pl.List(pl.String)))
+            frame = frame.with_columns(list_column("category", categories))
         return frame
 
     def _categories(self, text: str | None) -> list[str]:
@@ -258,9 +189,3 @@ class TableReader:
             except ValueError:  # a plain text that begins like a list
                 return [text]
         return [part.strip() for part in text.split(self.config.items.separator) if part.strip()]
-
-
-def _ids(column: pl.Series) -> pl.Series:
-    """Text; null where there is none."""
-    text = column.cast(pl.String)
-    return text if (text != "").all() else pl.select(pl.when(text != "").then(text)).to_series()
