@@ -77,6 +77,21 @@ def _verdict(result: dict[str, Any], n: str) -> list[str]:
     rounds = [
         n for cells in result["cells"].values() for cell in cells.values() for n in cell["rounds"].values()
     ]
+    papers = {"50": 21.9, "100": 42.2, "200": 78.1}
+    table = [
+        "| Text Prompt over cross-attention | tokens | FLOPs to the first token | FLOPs, training | paper (v1 T3) |",
+        "|---|---|---|---|---|",
+    ]
+    for length in map(str, result["lengths"]):
+        long, short = result["cells"]["text_prompt"][length], result["cells"]["cross_attention"][length]
+        ratios = [
+            long["lm_tokens"] / short["lm_tokens"],
+            long["flops"]["first_token"] / short["flops"]["first_token"],
+        ]
+        trained = long["flops"].get("training_step")
+        shown = [f"{ratio:.1f}" for ratio in ratios]
+        shown.append("–" if trained is None else f"{trained / short['flops']['training_step']:.1f}")
+        table.append(f"| {length} events | {' | '.join(shown)} | {papers.get(length, '–')} |")
     sooner = over("tokens_kept", "cpu_s", "first_token")
     whole = over("tokens_kept", "cpu_s", "answer")
     return [
@@ -85,11 +100,13 @@ def _verdict(result: dict[str, Any], n: str) -> list[str]:
         f"{whole:.1f} times. With the history read anew the first token comes "
         f"{over('cross_attention', 'cpu_s', 'first_token'):.0f} times sooner.",
         "",
-        f"The papers' ratio, that of tokens, is {tokens:.1f}; that of FLOPs to the first token is {flops:.1f} "
-        f"({flops / tokens - 1:+.0%}). Two things are left out of a ratio of tokens, and pull in opposite directions. "
-        f"Text Prompt: beside 2ND, {linear / 1e9:,.0f} GFLOP, attention takes {squared:,.0f}, since it grows with the "
-        f"square of the text. User-LLM: beside the language model's own {own:.1f} GFLOP encoder and user tokens take "
-        f"{user:.1f}, the cross-attention {fusion:.1f}.",
+        *table,
+        "",
+        f"The papers' ratio, that of tokens, is {tokens:.1f} at {n} events; that of FLOPs to the first token is "
+        f"{flops:.1f} ({flops / tokens - 1:+.0%}). Two things are left out of a ratio of tokens, and pull in opposite "
+        f"directions. Text Prompt: beside 2ND, {linear / 1e9:,.0f} GFLOP, attention takes {squared:,.0f}, since it "
+        f"grows with the square of the text. User-LLM: beside the language model's own {own:.1f} GFLOP encoder and "
+        f"user tokens take {user:.1f}, the cross-attention {fusion:.1f}.",
         "",
         f"N: {result['parameters_without_embeddings'] / 1e6:.1f}M weights without embeddings; D: tokens read. "
         "Attention is counted as torch counts it, in full although half of it is masked. Where no training step "
