@@ -106,7 +106,8 @@ def _verdict(result: dict[str, Any], n: str) -> list[str]:
         f"{flops:.1f} ({flops / tokens - 1:+.0%}). Two things are left out of a ratio of tokens, and pull in opposite "
         f"directions. Text Prompt: beside 2ND, {linear / 1e9:,.0f} GFLOP, attention takes {squared:,.0f}, since it "
         f"grows with the square of the text. User-LLM: beside the language model's own {own:.1f} GFLOP encoder and "
-        f"user tokens take {user:.1f}, the cross-attention {fusion:.1f}.",
+        f"user tokens take {user:.1f}, the cross-attention {fusion:.1f}. In training the answer's tokens are read, "
+        "too, which makes the two prompts less unlike.",
         "",
         f"N: {result['parameters_without_embeddings'] / 1e6:.1f}M weights without embeddings; D: tokens read. "
         "Attention is counted as torch counts it, in full although half of it is masked. Where no training step "
