@@ -174,6 +174,18 @@ def test_reviews_are_measured_user_by_user_and_stand_side_by_side(reviews):
     assert re.search(r"\| (not )?confirmed", claim)
 
 
+def test_characters_that_no_page_can_show_are_replaced(reviews, tmp_path):
+    shutil.copytree(reviews / "cells", tmp_path / "cells")
+    for file in (tmp_path / "cells").glob("*.json"):
+        told = json.loads(file.read_text())
+        for record in told["texts"]["review_rated"]:
+            record["user_llm"] = "a\x00b\x1bc"
+        file.write_text(json.dumps(told))
+    page = write_experiment_report(REVIEWS, "smoke", tmp_path, extra=QUICK)
+    for text in (page.read_text(encoding="utf-8"), page.with_suffix(".md").read_text(encoding="utf-8")):
+        assert "a\ufffdb\ufffdc" in text and "\x00" not in text and "\x1b" not in text
+
+
 def test_several_experiments_on_one_page(done, reviews, tmp_path):
     for out in (done[0], reviews):
         shutil.copytree(out / "cells", tmp_path / "cells", dirs_exist_ok=True)
