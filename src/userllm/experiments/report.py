@@ -212,7 +212,8 @@ def _figures(one: Stored, before: str = "") -> list[Picture]:
     first = one.tasks[0]
     lengths = length_figure(experiment, cells, first, tables.SHOWN[tables.kind_of(first, cells)][0])
     if lengths is not None:
-        caption = "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
+        figure = " (the papers' Fig. 3)" if "v2 Fig. 3" in experiment.redoes else ""
+        caption = f"Score against the history's length, and against what the language model reads{figure}."
         found.append(Picture(f"{before}lengths", caption, lengths))
     for task in one.tasks:
         metric = tables.SHOWN[tables.kind_of(task, cells)][0]
@@ -223,7 +224,9 @@ def _figures(one: Stored, before: str = "") -> list[Picture]:
         found.append(Picture(f"{before}{task}", caption, rows_figure(experiment, cells, task, metric)))
     gated = gate_figure(cells)
     if gated is not None:
-        caption = "Gates after training by LM layer, mean over seeds; grey: nothing is inserted there."
+        caption = (
+            "Size of the gates after training by LM layer, mean over seeds; grey: nothing is inserted there."
+        )
         found.append(Picture(f"{before}gates", caption, gated))
     return found
 
