@@ -7,7 +7,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --no-compile --constraint constraints.t
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint docs bench
+.PHONY: help install demo test smoke lint docs bench
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -20,6 +20,11 @@ demo: $(VENV)/.installed  ## MovieLens-1M end to end, in minutes: see runs/demo/
 
 test: $(VENV)/.test  ## the default test suite
 	$(BIN)/pytest
+
+smoke: $(VENV)/.installed  ## every experiment with tiny models, and the page of them all: minutes
+	rm -rf runs/smoke
+	$(BIN)/userllm experiments run all --scale smoke --out runs/smoke --set threads=1
+	$(BIN)/userllm experiments report --scale smoke --out runs/smoke
 
 lint: $(VENV)/.lint  ## style, types, and the direction of imports
 	$(BIN)/ruff check

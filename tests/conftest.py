@@ -225,8 +225,10 @@ def _model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @cache
-def _loaded(lm: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
-    return load(LanguageModelConfig(name=lm, dtype=dtype))  # type: ignore[arg-type]
+def _loaded(
+    lm: str, dtype: str, products: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ResolvedLM]:
+    return load(LanguageModelConfig(name=lm, dtype=dtype, products=products))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
@@ -234,10 +236,10 @@ def make_user_llm(dataset, stored, make_encoder) -> Callable[..., UserLLM]:
     """A model as if trained with a strategy: every weight it trains is moved a little, and gates are open."""
 
     def make(
-        strategy="enc", lm="tiny-random-llama", dtype="float32", max_length=8, seed=0, stir=True,
+        strategy="enc", lm="tiny-random-llama", dtype="float32", products="float32", max_length=8, seed=0, stir=True,
         encoder=None, more_tasks=None, **fusion
     ) -> UserLLM:  # fmt: skip
-        base, tokenizer, reference = _loaded(lm, dtype)
+        base, tokenizer, reference = _loaded(lm, dtype, products)
         base = copy.deepcopy(base)
         torch.manual_seed(seed)
         adapter = Adapter.add(base, LoraConfig(rank=2)) if strategy == "lora" else None

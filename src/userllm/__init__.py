@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from userllm.model import Attended, Recommendation, UserLLM
     from userllm.pipeline import Run
     from userllm.report import write_report
+    from userllm.serving.record import UserRecord
+    from userllm.serving.store import UserStore
 
     __version__: str
 
@@ -37,6 +39,8 @@ __all__ = [
     "UserError",
     "UserHistory",
     "UserLLM",
+    "UserRecord",
+    "UserStore",
     "__version__",
     "load_config",
     "prepare_movielens",
@@ -56,6 +60,8 @@ _HOMES = {
     "UserError": "userllm.errors",
     "UserHistory": "userllm.events",
     "UserLLM": "userllm.model",
+    "UserRecord": "userllm.serving.record",
+    "UserStore": "userllm.serving.store",
     "load_config": "userllm.cli.configuration",
     "prepare_movielens": "userllm.data.sources.movielens",
     "read_history": "userllm.data.history_file",

@@ -24,8 +24,8 @@ class DataConfig:
 
     release: str | None = "movielens-1m"
     """A data set userllm finds by itself (movielens-100k, movielens-1m, rent-the-runway), one that needs ``path``
-    (movielens, amazon, google-local), or "synthetic", a small one that it makes, for smoke runs; null with
-    ``folder``."""
+    (movielens, amazon, google-local), or "synthetic" or "synthetic-reviews", small ones that it makes, for smoke runs;
+    null with ``folder``."""
     path: Path | None = None
     """Raw files of ``release`` ("movielens" for any release): a folder or a zip; of amazon and google-local a folder, a
     file or a pattern. Found by userllm if null."""

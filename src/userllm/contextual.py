@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,16 +96,9 @@ class ContextualLM(nn.Module):
         self.config = fusion
         self.tasks = dict(tasks)
         text_config = lm.config.get_text_config()
-        between = fusion.projection if fusion.kind == "cross_attention" else "linear"
-        self.user_tokens = UserTokens(encoder.width, fusion.events, fusion.perceiver, between)
-        # latents of a Perceiver have no age
-        shape = (
-            fusion.cross_attention
-            if fusion.perceiver is None
-            else replace(fusion.cross_attention, recency=False)
-        )
+        self.user_tokens = UserTokens.of(fusion, encoder.width)
         blocks = {
-            index: CrossAttentionBlock(shape, text_config.hidden_size, encoder.width)
+            index: CrossAttentionBlock(fusion.block, text_config.hidden_size, encoder.width)
             for index in fusion.layer_indices(len(find_layers(lm)))
         }
         some_text = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -150,12 +143,15 @@ class ContextualLM(nn.Module):
         """Behind ``to``, ``double`` and so on: the answers follow the LM; stored states are dropped if it changed."""
         before = self.lm.device, self.lm.dtype
         super()._apply(fn, recurse)
-        if (self.lm.device, self.lm.dtype) == before:
-            return self
+        if (self.lm.device, self.lm.dtype) != before:
+            self.follow_lm()
+        return self
+
+    def follow_lm(self) -> None:
+        """Take the answers to where the LM is now; drop what was stored of it."""
         self.answers = {name: closed.to(self.lm.device) for name, closed in self.answers.items()}
         self._questions = {name: ids.to(self.lm.device) for name, ids in self._questions.items()}
         self.forget_lower_states()
-        return self
 
     @property
     def closed_tasks(self) -> dict[str, ClosedTask]:
@@ -188,14 +184,31 @@ class ContextualLM(nn.Module):
             embeddings, seen = self.encoder(histories.select(rows).prefixes(ends))
             everyone = torch.arange(len(rows), device=rows.device)
             tokens, mask = self.user_tokens(embeddings, everyone, seen.sum(1))
-        users = UserContext(tokens, mask, self._prefix(tokens, mask, histories, rows, ends))
+        text = None if self.history_text is None else self.history_text(histories, rows, ends)
+        scores = None
         if self.catalogue is not None:
             at_least_one = ends.clamp_min(1)
             scores = self.encoder.item_scores(embeddings[rows, at_least_one - 1]) if causal else None
             if scores is None:
                 scores = self.encoder.next_item_scores(histories, rows, at_least_one)
-            masses = NodeMasses(self._titles, torch.softmax(scores.float(), -1))
-            users.likely = LikelyItems(masses, ends > 0)
+        return self.context_from(tokens, mask, text, scores, ends > 0)
+
+    def context_from(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        text: tuple[Tensor, Tensor] | None,
+        scores: Tensor | None,
+        known: Tensor,
+    ) -> UserContext:
+        """The context of B users, from what is known of them by now.
+
+        tokens [B, M, U], mask [B, M]. text: their histories as token ids and mask, each [B, P], where ``fusion.text``
+        asks for that. scores [B, items]: the encoder's, for ``fusion.catalogue``. known [B]: who has a history.
+        """
+        users = UserContext(tokens, mask, self._prefix(tokens, mask, text))
+        if self.catalogue is not None and scores is not None:
+            users.likely = LikelyItems(NodeMasses(self._titles, torch.softmax(scores.float(), -1)), known)
         return users
 
     def _catalogue(self) -> CatalogueWeights | None:
@@ -233,24 +246,16 @@ class ContextualLM(nn.Module):
         """The tree of the titles: the same for every task that names items."""
         return next(closed.tree for name, closed in self.answers.items() if self.names_items(name))
 
-    def _prefix(
-        self, tokens: Tensor, mask: Tensor, histories: HistoryBatch, rows: Tensor, ends: Tensor
-    ) -> Prefix | None:
+    def _prefix(self, tokens: Tensor, mask: Tensor, text: tuple[Tensor, Tensor] | None) -> Prefix | None:
         """What stands before the prompt: the LM's own opening tokens, soft prompts, the history's text."""
         if not self.config.has_prefix:
             return None
-        opening = self._embed(self.opening)
-        parts = [
-            (
-                opening.expand(len(rows), -1, -1),
-                torch.ones(len(rows), len(opening), dtype=torch.bool, device=rows.device),
-            )
-        ]
+        opening = no_prefix(self._embed(self.opening), len(tokens))
+        parts = [(opening.embeddings, opening.mask)]
         if self.soft_prompt is not None:
             parts += self.soft_prompt(tokens, mask)
-        if self.history_text is not None:
-            ids, real = self.history_text(histories, rows, ends)
-            parts.append((self._embed(ids), real))
+        if text is not None:
+            parts.append((self._embed(text[0]), text[1]))
         return Prefix.of(parts)
 
     @property
@@ -329,19 +334,25 @@ class ContextualLM(nn.Module):
         return -self.answer_losses(task, answers, users)[0]
 
     def answer_losses(
-        self, task: str, answers: Tensor, users: UserContext | None, teacher: Tensor | None = None
+        self,
+        task: str,
+        answers: Tensor,
+        users: UserContext | None,
+        teacher: Tensor | None = None,
+        together: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Negative log-likelihood [E] of the answers, and the cross-entropy [E] against a teacher's distribution.
 
         teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
         node's children is compared with the teacher's (ours). Answers are read in groups of like length: most need a
-        token or two before they are the only one left, a few need many.
+        token or two before they are the only one left, a few need many. together: all in one group, so that the LM is
+        called once, whatever the answers are.
         """
         closed = self.answers[task]
         nll = torch.zeros(len(answers), device=answers.device)
         taught = torch.zeros_like(nll)
         taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
-        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 3)
+        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 1 if together else 3)
         for group in torch.unique(group_of):
             part = torch.nonzero(group_of == group)[:, 0]
             mine = users.select(part) if users is not None and len(users) == len(answers) else users

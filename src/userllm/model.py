@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import polars as pl
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +16,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
-from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
-from userllm.events import Event, UserHistory
+from userllm.events import Event, HistoryBatch, UserHistory
 from userllm.fusion.attach import UserContext
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.source import decoder_start
@@ -33,21 +30,23 @@ from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, 
 from userllm.language_models.summaries import Summarizer
 from userllm.model_card import write_description
 from userllm.saved_model import (
+    FORMAT_VERSION,
     described_encoder,
     field_shapes,
     file_sha256,
     fill_weights,
     package_version,
+    read_description,
     save_weights,
-    saved_encoder,
     saved_fusion,
-    saved_vocabulary,
+    saved_reader,
     where_from,
 )
+from userllm.serving.record import Kept, UserRecord, context_of, extend, last_time, remember, why_not_extended
+from userllm.serving.user_side import UserSide
 from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.text_in_lm import TextInLM
 
-FORMAT_VERSION = 1
 TEXT_START = "text_start.safetensors"
 Strategy = Literal["full", "lora", "enc", "proj"]
 
@@ -110,19 +109,50 @@ class UserLLM(ContextualLM):
         embeddings, mask = self.encoder.eval()(self._batch([history]))
         return embeddings[0][mask[0]]
 
+    @torch.no_grad()
+    def remember(self, history: UserHistory, *, keys_values: bool = False, state: bool = False) -> UserRecord:
+        """What answers need of a user, computed once; ``recommend``, ``score`` and ``generate`` take it for a history.
+
+        keys_values, state: see ``serving.record.Kept``; with a state ``extend`` can go on from it.
+        """
+        self.eval()
+        record, *_ = remember(
+            UserSide.of(self), self._batch([history]), [len(history)], [self._seen(history)],
+            Kept(keys_values, state),
+        )  # fmt: skip
+        record.user = history.user
+        return record
+
+    @torch.no_grad()
+    def extend(self, record: UserRecord, events: Sequence[Event]) -> UserRecord:
+        """The user after new events, oldest first: what ``remember`` of the whole history gives, to float tolerance.
+
+        Only the new events are encoded. Raises UserError where that cannot be exact, with the reason, and where the
+        record was made without ``state=True``.
+        """
+        self.eval()
+        side, keep = UserSide.of(self), Kept(record.keys_values is not None, True)
+        if (reason := why_not_extended(side, record, len(events))) is not None:
+            raise UserError(f"this user's history cannot be continued: {reason}; use remember(history)")
+        before = [Event("", last_time(record))] if record.events else []  # a time gap is from here on
+        new = UserHistory([*before, *events])
+        batch = self._batch([new], len(events)) if events else self._batch([UserHistory([])])
+        extended, *_ = extend(side, [record], batch, [self._seen(UserHistory(events))], keep)
+        return extended
+
     @overload
     def recommend(
-        self, history: UserHistory, k: int = 10, *, task: str = "next_item", beams: int | None = None,
+        self, history: UserHistory | UserRecord, k: int = 10, *, task: str = "next_item", beams: int | None = None,
         exclude_seen: bool = True,
     ) -> list[Recommendation]: ...  # fmt: skip
     @overload
     def recommend(
-        self, history: Sequence[UserHistory], k: int = 10, *, task: str = "next_item", beams: int | None = None,
-        exclude_seen: bool = True,
+        self, history: Sequence[UserHistory | UserRecord], k: int = 10, *, task: str = "next_item",
+        beams: int | None = None, exclude_seen: bool = True,
     ) -> list[list[Recommendation]]: ...  # fmt: skip
     def recommend(
         self,
-        history: UserHistory | Sequence[UserHistory],
+        history: UserHistory | UserRecord | Sequence[UserHistory | UserRecord],
         k: int = 10,
         *,
         task: str = "next_item",
@@ -131,10 +161,10 @@ class UserLLM(ContextualLM):
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best answers to a closed task, best first: for one user, or one list per user.
 
-        Unknown items in a history are named in a warning. ``beams`` defaults to max(k, 20). Raises UserError for an
-        unknown task, k < 1 or beams < 1.
+        A user is a history, or what ``remember`` or a ``UserStore`` keeps of one. Unknown items in a history are named
+        in a warning. ``beams`` defaults to max(k, 20). Raises UserError for an unknown task, k < 1 or beams < 1.
         """
-        histories = [history] if isinstance(history, UserHistory) else list(history)
+        histories = [history] if isinstance(history, UserHistory | UserRecord) else list(history)
         asked = self._task(task)
         if k < 1:
             raise UserError(f"k is {k}; ask for at least one answer")
@@ -142,24 +172,21 @@ class UserLLM(ContextualLM):
             raise UserError(f"beams is {beams}; the search needs at least one")
         if not histories:
             return []
-        self.eval()
-        with torch.no_grad():
-            users = self.context(self._batch(histories))
+        users = self.users(histories)
         excluded = None
         if asked.config.kind == "next_item" and exclude_seen:
             excluded = torch.zeros(
                 len(histories), len(asked.answers), dtype=torch.bool, device=self.lm.device
             )
             for b, one in enumerate(histories):
-                rows = [self.collator.row_of(event.item) for event in one.events]
-                excluded[b, [row for row in rows if row < self.collator.num_items]] = True
+                excluded[b, one.seen if isinstance(one, UserRecord) else self._seen(one)] = True
         k = min(k, len(asked.answers))
         found = self.rank_answers(task, users, k, beams or max(k, 20), excluded)
         lists = [
             [self._recommendation(asked, a, s) for a, s in zip(answers, scores, strict=True) if a >= 0]
             for answers, scores in zip(found.answers.tolist(), found.scores.tolist(), strict=True)
         ]
-        return lists[0] if isinstance(history, UserHistory) else lists
+        return lists[0] if isinstance(history, UserHistory | UserRecord) else lists
 
     def recommend_without_user(self, k: int = 10, *, task: str = "next_item") -> list[Recommendation]:
         """What the base LM, knowing nobody, finds most likely among the same answers."""
@@ -172,7 +199,7 @@ class UserLLM(ContextualLM):
     @torch.no_grad()
     def score(
         self,
-        history: UserHistory | Sequence[UserHistory],
+        history: UserHistory | UserRecord | Sequence[UserHistory | UserRecord],
         items: Sequence[str] | None = None,
         *,
         task: str = "next_item",
@@ -185,18 +212,18 @@ class UserLLM(ContextualLM):
         texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
         """
         asked = self._answers_of(self._task(task), items)
-        histories = [history] if isinstance(history, UserHistory) else list(history)
-        self.eval()
+        alone = isinstance(history, UserHistory | UserRecord)
+        histories = [history] if alone else list(history)
         scores = torch.empty(0, len(asked))
         if histories:
-            scores = self.score_answers(task, self.context(self._batch(histories)), asked, block).cpu()
-        return scores[0] if isinstance(history, UserHistory) else scores
+            scores = self.score_answers(task, self.users(histories), asked, block).cpu()
+        return scores[0] if alone else scores
 
     @torch.no_grad()
     def generate(
         self,
         prompt: str,
-        history: UserHistory | None,
+        history: UserHistory | UserRecord | None,
         *,
         max_new_tokens: int = 32,
         num_beams: int = 1,
@@ -232,7 +259,7 @@ class UserLLM(ContextualLM):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        users = None if history is None else self.context(self._batch([history]))
+        users = None if history is None else self.users([history])
         if self.has_encoder:
             settings.decoder_start_token_id = decoder_start(self.lm)
             source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
@@ -300,13 +327,28 @@ class UserLLM(ContextualLM):
         row = self.collator.row_of(item)
         return str(self.collator.items["title"][row]) if row < self.collator.num_items else item
 
-    def _batch(self, histories: Sequence[UserHistory]):
-        batch, unknown = self.collator.from_histories(histories, max_length=self.encoder.max_length)
+    @torch.no_grad()
+    def users(self, who: Sequence[UserHistory | UserRecord]) -> UserContext:
+        """What ``conditioned`` takes, of users as histories or as they were remembered."""
+        self.eval()
+        histories = [one for one in who if isinstance(one, UserHistory)]
+        if len(histories) == len(who):
+            return self.context(self._batch(histories))
+        return context_of(self, [self.remember(one) if isinstance(one, UserHistory) else one for one in who])
+
+    def _batch(self, histories: Sequence[UserHistory], latest: int | None = None) -> HistoryBatch:
+        """The histories' latest events, as many as the encoder sees, or ``latest``."""
+        batch, unknown = self.collator.from_histories(histories, latest or self.encoder.max_length)
         if unknown:
             warnings.warn(
-                f"items that the model has never seen are read as unknown: {_named(unknown)}", stacklevel=3
+                f"items that the model has never seen are read as unknown: {_named(unknown)}", stacklevel=4
             )
         return batch.to(self.lm.device)
+
+    def _seen(self, history: UserHistory) -> Tensor:
+        """Rows of the catalogue that stand in a history, each once."""
+        rows = {self.collator.row_of(event.item) for event in history.events} - {self.collator.num_items}
+        return torch.tensor(sorted(rows), dtype=torch.long)
 
     def _task(self, name: str) -> ClosedTask:
         if name not in self.tasks:
@@ -389,6 +431,7 @@ class UserLLM(ContextualLM):
                     "sha256": self.reference.sha256,
                     "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
+                    "products": self.reference.products,
                 },
                 "encoder": described_encoder(self.encoder),
                 "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],
@@ -448,21 +491,11 @@ class UserLLM(ContextualLM):
         if not Path(folder).exists() and is_repo_id(str(folder)):
             folder = download(str(folder), revision, token)
         folder = Path(folder)
-        file = folder / "config.json"
-        if not file.is_file():
-            raise UserError(
-                f"{folder}: no model there (no config.json); give the folder save_pretrained wrote"
-            )
-        try:
-            saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            version = saved["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not written by save_pretrained ({error})") from error
-        if version != FORMAT_VERSION:
-            raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
+        file, saved = folder / "config.json", read_description(folder)
         strategy: Strategy = saved["strategy"]
         where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
-        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"])
+        products = saved["lm"].get("products", "float32")  # older folders do not say
+        asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"], products=products)
         if where == saved["lm"]["name"]:
             asked.revision = saved["lm"].get("revision")  # folders written by userllm 0.1.0 do not say
         base, tokenizer, reference = load(asked)
@@ -477,19 +510,10 @@ class UserLLM(ContextualLM):
                 f"sha256 {reference.sha256[:12]}...; give the original language model"
             )
         adapter = Adapter.load(base, folder / "adapter") if strategy == "lora" else None
-        try:
-            items = pl.read_parquet(folder / "items.parquet")
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise UserError(
-                f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
-            ) from error
-        collator = HistoryCollator(items, saved_vocabulary(folder, saved))
-        encoder = saved_encoder(file, saved, encoder)
-        fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
-        if isinstance(encoder, TextEncoder):
-            texts = encoder.config.texts(items, collator.vocabulary)
-            encoder.use(TextStore.read(folder / "sentences"), texts)
-        tasks = {n: build_task(n, TaskConfig(**config), items) for n, config in saved["tasks"].items()}
+        encoder, collator = saved_reader(folder, saved, encoder)
+        tasks = {
+            n: build_task(n, TaskConfig(**config), collator.items) for n, config in saved["tasks"].items()
+        }
         model = cls(
             base,
             tokenizer,
@@ -532,6 +556,7 @@ def summarizer_of(fusion: FusionConfig, own: ResolvedLM) -> Summarizer | None:
     lm = LanguageModelConfig(name=own.name, revision=own.revision)
     if config.lm is not None:
         lm = LanguageModelConfig(name=config.lm)
+    lm.products = own.products
     return Summarizer(lm, config.instruction, config.new_tokens, config.batch)
 
 

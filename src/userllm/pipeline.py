@@ -13,37 +13,45 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from userllm import processes
 from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
 from userllm.data.sources.fetch import cache_folder
-from userllm.data.sources.synthetic import RELEASE, prepare_synthetic
+from userllm.data.sources.synthetic import (
+    RELEASE,
+    REVIEWS,
+    prepare_synthetic,
+    prepare_synthetic_reviews,
+)
 from userllm.data.sources.table import prepare_table
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
+from userllm.data.unseen_items import apart
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveConfig, AutoregressiveEncoder, TextConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.knowledge import knowledge_kept
-from userllm.evaluation.labels import LabelScores
+from userllm.evaluation.labels import NAMES, LabelScores
 from userllm.evaluation.open import OpenEvaluator, TextMetric, Texts
+from userllm.evaluation.questions import Ask, Question
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
-from userllm.evaluation.users import EvaluatedUsers
 from userllm.events import UserHistory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
@@ -53,8 +61,9 @@ from userllm.model import TEXT_START, Recommendation, UserLLM, encoder_for
 from userllm.model_card import add_to_description
 from userllm.report import write_report
 from userllm.tasks import GenrePreference, OpenTask, Review, build_task
-from userllm.training.contextualize import contextualize
+from userllm.training.contextualize import contextualize, load_trained
 from userllm.training.pretrain import pretrain
+from userllm.training.sharding import kept, whole
 from userllm.training.strategy import apply_strategy, trainable_parameters
 from userllm.training.trainer import set_seed
 
@@ -62,23 +71,40 @@ STAGES = ("data", "pretrain", "contextualize", "evaluate", "report")
 
 
 class Run:
-    """One run folder and the stages that fill it. ``plain`` is the resolved configuration as plain values."""
+    """One run folder and the stages that fill it. ``plain`` is the resolved configuration as plain values.
 
-    def __init__(self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs")):
+    Several processes go through the stages together (``processes``): the main one prepares data and writes files.
+    fsdp: in training the model's weights, gradients and optimiser state are spread over them.
+
+    answering: given all questions of the evaluation, who answers them; None: these processes (see ``scale_out``).
+    """
+
+    answering: Callable[[Sequence[Question]], Ask] | None = None
+
+    def __init__(
+        self, config: RunConfig, plain: dict[str, Any], root: Path = Path("runs"), fsdp: bool = False
+    ):
+        processes.start()
         self.config = config
+        self.fsdp = fsdp
         self.folder = root / config.name
         self.plain = plain
         self.folder.mkdir(parents=True, exist_ok=True)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        _write(self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        file, text = self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            _write(file, text)
 
     def through(self, last: str = "report") -> Path:
         """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder."""
         if last not in STAGES:
             raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
         if STAGES.index(last) >= STAGES.index("contextualize"):
-            resolve(self.config.lm)  # a language model that cannot be had is found out now, not after stage 1
+            with processes.main_first():  # which downloads it, if need be
+                resolve(
+                    self.config.lm
+                )  # a language model that cannot be had is found out now, not after stage 1
         for stage in STAGES[: STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
         return self.folder
@@ -89,25 +115,12 @@ class Run:
         """Prepare or open the dataset."""
         with self._stage("data", ["data"], lambda: self._dataset_folder_known()) as todo:
             if todo:
-                data = self.config.data
-                folder = data.folder
-                if folder is None and data.table is not None:
-                    folder = self.folder / "dataset"
-                    prepare_table(data.table, folder, self.config.name)
-                elif folder is None:
-                    folder = cache_folder() / "datasets" / str(data.release)
-                    own = data.path is not None or data.descriptions is not None
-                    if own or not (folder / "card.json").is_file():
-                        folder = self.folder / "dataset" if own else folder
-                        if data.release == RELEASE:
-                            prepare_synthetic(folder)
-                        else:
-                            prepare(
-                                str(data.release), [str(data.path)] if data.path else [], folder,
-                                descriptions=data.descriptions, reviews=data.reviews,
-                            )  # fmt: skip
-                used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
-                _write(self.folder / "dataset.json", json.dumps(used))
+                processes.told(self._prepare_data)
+        self.open_data()
+        say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
+
+    def open_data(self) -> None:
+        """Open the dataset that was prepared."""
         self.dataset = Dataset.open(self._dataset_folder())
         used = json.loads((self.folder / "dataset.json").read_text())
         if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
@@ -115,16 +128,20 @@ class Run:
                 f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
                 f"items into its model with `userllm grow {self.folder}`"
             )
+        if self.config.split.kind == "unseen_items":
+            with processes.main_first():
+                self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
         self.split: Split = self.config.split.build(self.dataset)
         self.vocabulary = Vocabulary.from_dataset(self.dataset, tuple(self.config.data.fields))
         self.stored = StoredHistories(self.dataset, self.vocabulary)
         for name, config in self.config.tasks.items():
             task = build_task(name, config, self.dataset.items)
             if isinstance(task, OpenTask):  # what it asks for and the dataset lacks is found out now
-                task.examples(self.dataset, self.split.users[:1], self.split.test[:1], 1)
+                user, _, stop = self.split.examples("test")[:1].T
+                task.examples(self.dataset, user, stop, 1)
         if isinstance(self.config.encoder, TextConfig):
-            self.texts = self._encode_texts(self.config.encoder)
-        say(f"data: {self.dataset.card.name}, {self.dataset.num_events:,} events; {self.split.describe()}")
+            with processes.main_first():
+                self.texts = self._encode_texts(self.config.encoder)
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
@@ -147,13 +164,13 @@ class Run:
                 if self.config.pretrain is not None:
                     history = pretrain(
                         encoder, self.dataset, self.split, self.stored, self.config.pretrain,
-                        self.folder / "pretrain", self.config.seed,
+                        self.folder / "pretrain", self.config.seed, self.fsdp,
                     )  # fmt: skip
                 _write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
-                save_file(
-                    {n: w.contiguous() for n, w in encoder.state_dict().items()}, file.with_suffix(".partial")
-                )
-                os.replace(file.with_suffix(".partial"), file)
+                weights = {n: kept(whole(w)) for n, w in encoder.state_dict().items()}
+                if processes.is_main():
+                    save_file(weights, file.with_suffix(".partial"))
+                    os.replace(file.with_suffix(".partial"), file)
 
     def do_contextualize(self) -> None:
         """Stage 2."""
@@ -168,15 +185,19 @@ class Run:
                 set_seed(self.config.seed)
                 history = contextualize(
                     model, self.dataset, self.split, self.stored, self.config.contextualize,
-                    self.folder / "contextualize", self.config.seed,
+                    self.folder / "contextualize", self.config.seed, fsdp=self.fsdp,
                 )  # fmt: skip
                 _write(self.folder / "contextualize" / "log_history.json", json.dumps(history, indent=1))
                 _write(self.folder / "contextualize" / "trainable.json", json.dumps(counts))
-                model.run = self._data_facts()
-                del model.run["dataset"][
-                    "source"
-                ]  # a model may go elsewhere: where the files lay here stays here
-                model.save_pretrained(done.parent, name=self.config.name)
+                if processes.is_main():
+                    if self.fsdp:  # nowhere is this one whole
+                        model = self.build_model()
+                        load_trained(model, self.folder / "contextualize")
+                    model.run = self._data_facts()
+                    del model.run["dataset"][
+                        "source"
+                    ]  # a model may go elsewhere: where the files lay here stays here
+                    model.save_pretrained(done.parent, name=self.config.name)
 
     def do_evaluate(self) -> None:
         """Metrics of every task, and three users' answers."""
@@ -186,34 +207,51 @@ class Run:
         with self._stage("evaluate", keys, (self.folder / "metrics.json").exists) as todo:
             if todo:
                 self._need("dataset", "data")
-                model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
-                model.store_lower_states()
-                evaluator = ClosedEvaluator(
-                    model, self.load_encoder(), self.dataset, self.split, self.stored, self.config.evaluation,
-                    self.config.seed, say,
-                )  # fmt: skip
+                evaluator, open_evaluator = self.evaluators()
+                model = evaluator.model
+                if self.answering is not None:
+                    asked = [*evaluator.questions(), *open_evaluator.questions()]
+                    evaluator.ask = open_evaluator.ask = self.answering(asked)
                 tasks = {name: evaluator.evaluate(name) for name in model.closed_tasks}
                 nobody = {
                     name: _best(model.closed_tasks[name].answers, evaluator.without_user[name])
                     for name in tasks
                 }
-                tasks |= self._evaluate_texts(model, evaluator.users)
-                examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
-                _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
-                evaluator.per_user().write_parquet(self.folder / "per_user.parquet")
-                metrics = self._metrics(model, tasks, evaluator)
-                metrics["knowledge"] = self._knowledge(model, evaluator)
-                _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
-                results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
-                add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
-        self._refresh_timings()
+                written, of_texts = self._evaluate_texts(open_evaluator)
+                tasks |= written
+                rows = pl.concat([evaluator.per_user(), *of_texts], how="diagonal")
+                processes.told(lambda: self._write_evaluation(model, tasks, nobody, rows, evaluator))
+        processes.told(self._refresh_timings)
 
     def do_report(self) -> None:
         """report.html and report.md, always written anew."""
         self._need_file("metrics.json", "evaluate")
-        say(f"report: {write_report(self.folder)}")
+        say(f"report: {processes.told(lambda: write_report(self.folder))}")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _prepare_data(self) -> None:
+        data = self.config.data
+        folder = data.folder
+        if folder is None and data.table is not None:
+            folder = self.folder / "dataset"
+            prepare_table(data.table, folder, self.config.name)
+        elif folder is None:
+            folder = cache_folder() / "datasets" / str(data.release)
+            own = data.path is not None or data.descriptions is not None
+            if own or not (folder / "card.json").is_file():
+                folder = self.folder / "dataset" if own else folder
+                if data.release == RELEASE:
+                    prepare_synthetic(folder)
+                elif data.release == REVIEWS:
+                    prepare_synthetic_reviews(folder)
+                else:
+                    prepare(
+                        str(data.release), [str(data.path)] if data.path else [], folder,
+                        descriptions=data.descriptions, reviews=data.reviews,
+                    )  # fmt: skip
+        used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+        _write(self.folder / "dataset.json", json.dumps(used))
 
     def load_encoder(self) -> UserEncoder:
         """The encoder of stage 1."""
@@ -224,11 +262,22 @@ class Run:
         self._give_texts(encoder)
         return encoder
 
+    def evaluators(self) -> tuple[ClosedEvaluator, OpenEvaluator]:
+        """What measures the trained model, which is loaded for it."""
+        model = UserLLM.from_pretrained(self.folder / "contextualize" / "model")
+        model.to(processes.device()).store_lower_states()
+        encoder = self.load_encoder().to(processes.device())
+        config, seed = self.config.evaluation, self.config.seed
+        closed = ClosedEvaluator(model, encoder, self.dataset, self.split, self.stored, config, seed, say)
+        return closed, OpenEvaluator(
+            model, self.dataset, self.split, self.stored, closed.users, config, seed, say
+        )
+
     def _encode_texts(self, config: TextConfig) -> TextStore:
         """The store beside the dataset, with every text the encoder will ask for."""
         found = find_sentence_encoder(config.sentences)
         store = TextStore.open(
-            self.dataset.folder / "sentences" / config.sentences.replace("/", "--"), found.card
+            self._dataset_folder() / "sentences" / config.sentences.replace("/", "--"), found.card
         )
         texts = [
             text for column in config.texts(self.dataset.items, self.vocabulary).values() for text in column
@@ -258,7 +307,8 @@ class Run:
         vectors = text_embeddings(lm, tokenizer, titles, config.item_text)
         start = TextStart.fit(vectors, config.item_width)
         encoder.features.start("item", start.rows(vectors))
-        start.save(file)
+        if processes.is_main():
+            start.save(file)
 
     def build_model(self) -> UserLLM:
         config, items = self.config, self.dataset.items
@@ -321,34 +371,54 @@ class Run:
             "tasks": answers,
         }
 
-    def _evaluate_texts(self, model: UserLLM, users: EvaluatedUsers) -> dict[str, Any]:
-        """Entries of the tasks that are answered in free text; the texts themselves go to texts/TASK.jsonl."""
-        config, seed = self.config.evaluation, self.config.seed
-        evaluator = OpenEvaluator(model, self.dataset, self.split, self.stored, users, config, seed, say)
-        entries = {}
-        for name in model.open_tasks:
+    def _write_evaluation(
+        self,
+        model: UserLLM,
+        tasks: dict[str, Any],
+        nobody: dict[str, list[dict[str, Any]]],
+        rows: pl.DataFrame,
+        evaluator: ClosedEvaluator,
+    ) -> None:
+        examples = [self._example(model, nobody, row) for row in evaluator.rows[:3]]
+        _write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
+        rows.write_parquet(self.folder / "per_user.parquet")
+        metrics = self._metrics(model, tasks, evaluator)
+        metrics["knowledge"] = self._knowledge(model, evaluator)
+        _write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
+        results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
+        add_to_description(self.folder / "contextualize" / "model", results, self.config.name)
+
+    def _evaluate_texts(self, evaluator: OpenEvaluator) -> tuple[dict[str, Any], list[pl.DataFrame]]:
+        """Entries of the tasks that are answered in free text, and each task's numbers by user; the texts themselves
+        go to texts/TASK.jsonl."""
+        entries, rows = {}, []
+        for name, task in evaluator.model.open_tasks.items():
             texts = evaluator.write(name)
             lines = [json.dumps(line, ensure_ascii=False) for line in evaluator.as_lines(texts)]
             _write(self.folder / "texts" / f"{name}.jsonl", "\n".join(lines))
-            task = model.open_tasks[name]
             entries[name] = evaluator.measure(texts, self._text_metrics(task, texts))
+            labels = None
             if isinstance(task, GenrePreference):
                 entries[name] |= self._label_entries(task, texts)
-        return entries
+                labels = LabelScores(task).names
+            rows.append(evaluator.per_user(name, texts, labels))
+        return entries, rows
 
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
-        """Answers that are the same for everyone, and every system's scores label by label."""
+        """Answers that are the same for everyone, which join the texts, and every system's scores label by label."""
         scores = LabelScores(task)
         training = task.examples(self.dataset, self.split.users, self.split.train_end, 0)
-        said = {
-            system: written for (system, decoding), written in texts.written.items() if decoding == "greedy"
+        labels = {
+            system: scores.table(texts.targets, written)
+            for (system, decoding), written in texts.written.items()
+            if decoding == "greedy"
         }
-        return {
-            **scores.baselines(
-                texts.targets, [example.target for example in training if example is not None]
-            ),
-            "labels": {system: scores.table(texts.targets, written) for system, written in said.items()},
-        }
+        entries: dict[str, Any] = {"labels": labels}
+        for system, text in scores.constants([one.target for one in training if one is not None]).items():
+            texts.written[system, "greedy"] = [text] * len(texts.targets)
+            texts.measured[system] = measured = dict(scores(texts.targets, texts.written[system, "greedy"]))
+            entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]
+        return entries
 
     def _text_metrics(self, task: OpenTask, texts: Texts) -> list[TextMetric]:
         """What is measured of a task's texts."""
@@ -449,6 +519,26 @@ class Run:
 
         A stage whose settings changed starts anew: what the old settings left in its folder is removed.
         """
+        records = processes.told(lambda: self._begun(name, keys, exists))
+        if records is None:
+            say(f"{name}: done before, skipped")
+            yield False
+            return
+        began, cpu_began = time.time(), time.process_time()
+        yield True
+        cpu = processes.total(time.process_time() - cpu_began)
+        records[name] |= {
+            "done": True,
+            "seconds": round(records[name]["seconds"] + time.time() - began, 1),
+            "cpu_seconds": round(records[name]["cpu_seconds"] + cpu, 1),
+            "peak_rss_mb": peak_rss_mb(),
+        }
+        _write(self.folder / "stages.json", json.dumps(records, indent=1))
+        processes.wait()
+        say(f"{name}: {records[name]['seconds']:.0f} s")
+
+    def _begun(self, name: str, keys: list[str], exists: Callable[[], bool]) -> dict[str, Any] | None:
+        """What is known of all stages, with this one begun; None where it is done."""
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
         # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
@@ -456,25 +546,14 @@ class Run:
         settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
-            say(f"{name}: done before, skipped")
-            yield False
-            return
+            return None
         if record.get("settings") != settings and name in ("pretrain", "contextualize"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         before = record if record.get("settings") == settings else {}
         spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
         _write(record_file, json.dumps(records, indent=1))
-        began, cpu_began = time.time(), time.process_time()
-        yield True
-        records[name] |= {
-            "done": True,
-            "seconds": round(spent + time.time() - began, 1),
-            "cpu_seconds": round(cpu + time.process_time() - cpu_began, 1),
-            "peak_rss_mb": peak_rss_mb(),
-        }
-        _write(record_file, json.dumps(records, indent=1))
-        say(f"{name}: {records[name]['seconds']:.0f} s")
+        return records
 
     def _refresh_timings(self) -> None:
         """metrics.json is written inside the stage whose seconds it should tell."""
@@ -498,6 +577,8 @@ class Run:
     def _need_file(self, name: str, stage: str) -> Path:
         file = self.folder / name
         if not file.exists():
+            if not processes.is_main():
+                raise UserError(f"{file} is not there: run folders must be where all processes see them")
             raise UserError(
                 f"{file} is not there yet; run the stage {stage!r} first (userllm {stage} CONFIG)"
             )
@@ -505,8 +586,9 @@ class Run:
 
 
 def say(text: str) -> None:
-    """Progress for a person."""
-    print(text, flush=True)
+    """Progress for a person, from the main process."""
+    if processes.is_main():
+        print(text, flush=True)
 
 
 def commit() -> str:
@@ -534,6 +616,7 @@ def hardware() -> str:
         model = f"{model} (no /proc/cpuinfo)"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    gpu += f", {processes.count()} processes" if processes.count() > 1 else ""
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
 
 
@@ -575,6 +658,8 @@ def _without_nulls(settings: Any) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
+    if not processes.is_main():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -10,12 +11,22 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from userllm.data.collation import HistoryCollator
+from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import Vocabulary
-from userllm.encoders import AutoregressiveConfig, FieldShape, UserEncoder, config_of, encoder_config_class
+from userllm.encoders import (
+    AutoregressiveConfig,
+    FieldShape,
+    TextEncoder,
+    UserEncoder,
+    config_of,
+    encoder_config_class,
+)
 from userllm.errors import UserError
 from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.config import FusionConfig
@@ -24,6 +35,42 @@ from userllm.fusion.history_text import HistoryTextConfig, SummaryConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.language_models.pretrained import ResolvedLM
+
+FORMAT_VERSION = 1
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """config.json of a saved model. Raises UserError where there is none, or not one this userllm reads."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no model there (no config.json); give the folder save_pretrained wrote")
+    try:
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = saved["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not written by save_pretrained ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
+    return saved
+
+
+def saved_reader(
+    folder: Path, saved: dict[str, Any], given: UserEncoder | None
+) -> tuple[UserEncoder, HistoryCollator]:
+    """The encoder with its weights, and what makes its batches of histories; ``given``: see ``saved_encoder``."""
+    try:
+        items = pl.read_parquet(folder / "items.parquet")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(
+            f"{folder / 'items.parquet'}: cannot be read ({error}); save the model again"
+        ) from error
+    collator = HistoryCollator(items, saved_vocabulary(folder, saved))
+    encoder = saved_encoder(folder / "config.json", saved, given)
+    fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
+    if isinstance(encoder, TextEncoder):
+        texts = encoder.config.texts(items, collator.vocabulary)
+        encoder.use(TextStore.read(folder / "sentences"), texts)
+    return encoder, collator
 
 
 def field_shapes(vocabulary: Vocabulary) -> list[FieldShape]:
@@ -86,12 +133,17 @@ def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
     save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
 
 
-def fill_weights(own: Mapping[str, Tensor], file: Path) -> None:
-    """Copy a file's weights into a model's own. Raises UserError where the file is damaged or does not fit."""
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds. Raises UserError where it is damaged."""
     try:
-        weights = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be read ({error}); save the model again") from error
+
+
+def fill_weights(own: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a file's weights into a model's own. Raises UserError where the file is damaged or does not fit."""
+    weights = read_weights(file)
     for name in sorted(set(weights) | set(own)):
         have = tuple(weights[name].shape) if name in weights else "absent"
         need = tuple(own[name].shape) if name in own else "absent"

@@ -37,7 +37,7 @@ def test_there_are_python_blocks_to_run():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_commands(page):
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    for line in "\n".join(blocks).splitlines():
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         if line.startswith("userllm "):
             build_parser().parse_args(shlex.split(line, comments=True)[1:])
 

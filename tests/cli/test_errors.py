@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from userllm.cli import parse
 from userllm.data.sources import releases
 from userllm.language_models.tiny import tiny_language_model
 
@@ -200,3 +201,16 @@ def test_a_language_model_without_tokenizer(userllm, finished, tmp_path):
 )
 def test_a_wrong_command_line(argv, expected, userllm):
     assert expected in userllm(*argv).error
+
+
+def test_settings_may_follow_an_option(tmp_path):
+    before = parse(["run", "c.yaml", "threads=1", "seed=2", "--runs", str(tmp_path)])
+    after = parse(["run", "c.yaml", "threads=1", "--runs", str(tmp_path), "seed=2"])
+    assert before == after and after.overrides == ["threads=1", "seed=2"]
+
+
+@pytest.mark.parametrize("word", ["--seed=2", "seed"])
+def test_what_is_no_setting_is_refused(userllm, word):
+    assert (
+        f"unrecognized arguments: {word}" in userllm("run", "c.yaml", "threads=1", "--runs", "r", word).error
+    )

@@ -91,7 +91,11 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
         user = int(one["user"][1:])
         assert one["own_last"] == row(user, 5)["review_text"] != one["other_last"]
         assert one["other_last"] in [row(other, 5)["review_text"] for other in range(12) if other != user]
-    assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {"log_likelihood", "nats_per_token"}
+    assert set(entry["user_llm"]) - set(entry["user_llm_sampled"]) == {
+        "log_likelihood",
+        "nats_per_token",
+        "prompt_tokens",
+    }
     assert entry["decoding"]["greedy"] == {
         "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "no_repeat": 0, "seed": 0,
         "users": 7

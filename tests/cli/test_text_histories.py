@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 from userllm.data.store import Dataset
 from userllm.data.text_store import TextStore
+from userllm.evaluation.labels import LabelCounts, weighted_f1
 from userllm.language_models.tiny import tiny_tokenizer
 
 ENCODER = (
@@ -79,6 +82,28 @@ def test_a_run_that_asks_for_genres_alone(userllm, work):
     assert entry["target"]["f1"]["value"] == 1 and entry["every_label"]["recall"]["value"] == 1
     assert entry["labels"]["user_llm"]["Drama"]["support"] >= 1
     assert (work / "runs/genres/report.html").exists()
+    told = pl.read_parquet(work / "runs/genres/per_user.parquet").filter(pl.col("system") == "every_label")
+    assert len(told) == entry["n"] and told["rank"].null_count() == len(told)
+    by_name = LabelCounts.of_names(told["target"].to_list(), told["named"].to_list(), np.arange(len(told)))
+    assert weighted_f1(by_name).value == pytest.approx(entry["every_label"]["f1"]["value"])
+
+
+def test_a_run_about_items_that_training_never_met(userllm, work):
+    genres = "tasks={genres: {kind: genre_preference, prompt: 'Which genres?'}}"
+    unseen = ["split={kind: unseen_items, unseen: 0.6, min_events: 3}", "evaluation.users=null"]
+    unseen += ["pretrain=null", genres, "name=unseen"]
+    said = userllm("run", "config.yaml", *SETTINGS, *unseen, cwd=work)
+    assert said.code == 0, said.err
+    assert "unseen_items (min_events 3, 0.6 of the items unseen)" in said.out
+    run = work / "runs/unseen"
+    told = pl.read_parquet(run / "per_user.parquet")
+    assert told["user"].str.ends_with(" (unseen items)").all()
+    assert json.loads((run / "metrics.json").read_text())["split"]["kind"] == "unseen_items"
+    assert not (
+        Dataset.open(run / "unseen_items").folder / "sentences"
+    ).exists()  # the store of the whole is read
+    said = userllm("run", "config.yaml", *SETTINGS, *unseen, cwd=work)
+    assert said.out.count("skipped") == 4
 
 
 def test_a_store_of_another_encoder_is_refused(userllm, work):

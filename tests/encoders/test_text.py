@@ -223,3 +223,13 @@ def test_one_clear_error(make, catalogue, vocabulary, tmp_path):
         encoder_for(vocabulary, TextConfig(**SIZES))(
             HistoryCollator(catalogue, vocabulary).from_histories([])[0]
         )
+
+
+def test_products_in_bfloat16_change_little(make, histories):
+    plain = make()
+    rounded = make(products="bfloat16")
+    rounded.load_state_dict(plain.state_dict())
+    exact, close = plain(histories)[0], rounded(histories)[0]
+    assert close.dtype == exact.dtype
+    off = (close - exact)[histories.mask].abs()
+    assert 0 < float(off.max()) < 0.2 * float(exact[histories.mask].abs().max())

@@ -186,6 +186,26 @@ def test_a_repeated_item_can_still_be_found(model, dataset, split, stored, monke
     same(entry["user_llm"], as_dicts(ranks))
 
 
+def test_a_dual_encoder_of_genres_is_a_baseline_of_the_favorite(model, make_encoder, dataset, split, stored):
+    dual = make_encoder("dual", max_length=8, label="genres")
+    judge = evaluator(model, dataset, split, stored, encoder=dual, list_length=20)
+    entry = judge.evaluate("favorite_genre")
+    task = model.closed_tasks["favorite_genre"]
+    names = stored.collator.vocabulary["genres"].values
+    rows = judge.rows
+    targets = task.targets(dataset, rows[:, 0], rows[:, 2], split.visible(model.window))
+    ranks = []
+    for row, target in zip(rows, targets, strict=True):
+        if target >= 0:
+            with torch.no_grad():
+                scores = dual.label_scores(dual(stored.batch(row[None]))[0])[0].tolist()
+            ranks.append(rank(scores, names.index(task.answers[target])))
+    same(entry["encoder"], as_dicts(ranks))
+    assert "encoder" not in judge.evaluate("next_item")
+    of_items = evaluator(model, dataset, split, stored, encoder=make_encoder("dual", max_length=8))
+    assert "encoder" not in of_items.evaluate("favorite_genre")
+
+
 def test_invalid_answers_are_counted():
     answers = torch.tensor([[0, 1, 2], [0, 0, 2], [5, 1, -1], [3, -1, -1]])
     possible = torch.tensor([3, 3, 3, 1])

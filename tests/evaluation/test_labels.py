@@ -4,7 +4,7 @@ import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from userllm.errors import UserError
-from userllm.evaluation.labels import LabelScores, weighted_scores
+from userllm.evaluation.labels import LabelCounts, LabelScores, weighted_f1, weighted_scores
 from userllm.tasks import GenrePreference, TaskConfig, build_task
 
 CONFIG = TaskConfig(kind="genre_preference", prompt="Which genres does this user like?")
@@ -72,6 +72,28 @@ def test_weighted_scores_are_scikit_learns_with_intervals_around_them():
     assert [tuple(vars(e).values()) for e in perfect.values()] == [pytest.approx((1, 1, 1))] * 3
 
 
+def test_a_lead_in_weighted_f1_is_of_the_same_users_with_their_texts_added_up():
+    rng = np.random.default_rng(0)
+    true = rng.random((300, 3)) < [0.7, 0.4, 0.1]
+    good, poor = true ^ (rng.random((300, 3)) < 0.1), true ^ (rng.random((300, 3)) < 0.3)
+    by_name = [[["a", "b", "c"][n] for n in np.flatnonzero(row)] for row in true]
+    said = [
+        [[*"abc"][n] for n in np.flatnonzero(row)] + ["z"] for row in good
+    ]  # no target has a z: it weighs nothing
+    users = np.arange(300)
+    alone = weighted_f1(LabelCounts.of_names(by_name, said, users))
+    assert alone.value == pytest.approx(f1_score(true, good, average="weighted"))
+    a, b = LabelCounts.of(true, good), LabelCounts.of(true, poor)
+    lead, other = weighted_f1(a, b), weighted_f1(b)
+    assert lead.value == pytest.approx(alone.value - other.value)
+    apart = ((alone.high - alone.low) ** 2 + (other.high - other.low) ** 2) ** 0.5
+    assert 0 < lead.low < lead.value < lead.high and lead.high - lead.low < apart
+    two = weighted_f1(LabelCounts.of_names(by_name, said, users // 2))
+    assert (
+        two.value == pytest.approx(alone.value) and two.low != alone.low
+    )  # pairs of texts are drawn together
+
+
 def test_measures_table_and_baselines(task):
     targets = ["Drama", "Comedy, Drama", "Drama, Action", "Sci-Fi"]
     texts = ["Drama", "Comedy", "Action, Drama", "Western"]
@@ -88,9 +110,11 @@ def test_measures_table_and_baselines(task):
         "named": 2,
     }
     assert table["Sci-Fi"]["f1"] == 0 and table["Comedy"]["f1"] == 1
-    constant = scores.baselines(targets, ["Drama", "Drama", "Comedy, Drama"])
-    assert constant["majority"]["recall"]["value"] == pytest.approx(3 / 6)
-    assert constant["every_label"]["recall"]["value"] == 1
+    assert scores.names(texts) == [["Drama"], ["Comedy"], ["Action", "Drama"], []]
+    constant = scores.constants(["Drama", "Drama", "Comedy, Drama"])
+    assert constant == {"majority": "Drama", "every_label": "Action, Comedy, Drama, Sci-Fi"}
+    assert scores(targets, [constant["majority"]] * 4)["recall"].value == pytest.approx(3 / 6)
+    assert scores(targets, [constant["every_label"]] * 4)["recall"].value == 1
     assert task.majority(["b", "a", "b", "a"]) == "a"
 
 

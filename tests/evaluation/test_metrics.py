@@ -1,6 +1,7 @@
 """Metrics against two independent implementations, and intervals against what is known of them."""
 
 import doctest
+import itertools
 import time
 import tracemalloc
 
@@ -11,7 +12,14 @@ from hypothesis import strategies as st
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from userllm.evaluation import metrics
-from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain, ranking_metrics, user_metrics
+from userllm.evaluation.metrics import (
+    Estimate,
+    bootstrap_mean,
+    paired_gain,
+    ranking_metrics,
+    sign_flip_p,
+    user_metrics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,29 @@ def test_pairing_cancels_what_both_share():
     assert gain.high - gain.low < 0.1
     assert not bootstrap_mean(a).above(bootstrap_mean(b))
     assert paired_gain(b, a).value == pytest.approx(-gain.value)
+
+
+def test_p_is_the_share_of_sign_patterns_that_go_as_far():
+    differences = np.array([0.5, 1.0, -0.25, 2.0, 0.75, 0.0, 1.5, -0.5])
+    every = np.array(list(itertools.product((1, -1), repeat=len(differences))))
+    exact = (abs(every @ differences) >= abs(differences.sum())).mean()
+    assert sign_flip_p(differences, flips=20_000) == pytest.approx(exact, abs=0.01)
+    assert sign_flip_p(-differences) == sign_flip_p(differences)
+
+
+def test_p_is_uniform_where_nothing_differs():
+    rng = np.random.default_rng(2)
+    found = np.array([sign_flip_p(rng.normal(size=40), flips=199, seed=n) for n in range(400)])
+    assert abs((found <= 0.1).mean() - 0.1) < 0.04 and abs((found <= 0.5).mean() - 0.5) < 0.07
+
+
+def test_p_does_not_depend_on_the_block_size(monkeypatch):
+    values = np.random.default_rng(0).normal(0.2, 1, size=50)
+    whole = sign_flip_p(values)
+    monkeypatch.setattr(metrics, "_DRAWS_AT_A_TIME", 500)
+    assert sign_flip_p(values) == pytest.approx(whole, abs=0.03)
+    with pytest.raises(ValueError, match="finite"):
+        sign_flip_p([1.0, np.nan])
 
 
 def test_above_is_strict():

@@ -1,6 +1,9 @@
 """Tasks that are answered in free text, from training to metrics.json's entry, on a task of the tests' own."""
 
+from dataclasses import replace
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -117,11 +120,48 @@ def test_the_entry_is_what_the_texts_say(model, dataset, split, stored, evaluato
         assert entry["gain"][over]["rougeLsum"] == pytest.approx(expected, abs=1e-6)
         expected = paired_gain(nats[rival], nats["user_llm"]).as_dict()
         assert entry["gain_nats"][over] == pytest.approx(expected, abs=1e-3)
+    own = evaluator.per_user("genres", texts, None).filter(pl.col("system") == "user_llm")
+    assert own["user"].to_list() == [dataset.user_ids[row[0]] for row in known]
+    assert own["log_likelihood"].mean() == pytest.approx(-np.mean(nats["user_llm"]), abs=1e-4)
+    asked = np.mean([len(model.tokenizer(e.prompt)["input_ids"]) for e in texts.examples])
+    assert entry["no_user"]["prompt_tokens"]["value"] == pytest.approx(asked)
     lines = evaluator.as_lines(texts)
     assert set(lines[0]) == {"user", "prompt", "target"} | {
         f"{s}{d}" for s in scores for d in ("", "_sampled")
     }
     assert set(entry["whole"]) == {*entry["gain_nats"], *lines[0]} - {*entry["gain_nats"], "user", "prompt"}
+
+
+def test_every_texts_numbers_are_kept(evaluator, dataset):
+    texts = evaluator.write("genres")
+    entry = evaluator.measure(texts, [rouge, length, distinct])
+    rows = evaluator.per_user("genres", texts)
+    assert set(rows.columns) == {
+        "task", "user", "system", "log_likelihood", "rouge1", "rouge2", "rougeLsum", "words"
+    }  # fmt: skip
+    asked = [dataset.user_ids[int(row[0])] for row in texts.rows]
+    for system in ("user_llm", "user_llm_shuffled", "no_user", "user_llm_sampled", "target"):
+        mine = rows.filter(task="genres", system=system)
+        assert mine["user"].to_list() == asked[: len(mine)] and len(mine) > 0
+        assert mine["rougeLsum"].mean() == pytest.approx(entry[system]["rougeLsum"]["value"])
+        has = "log_likelihood" in entry[system]
+        assert mine["log_likelihood"].null_count() == (0 if has else len(mine))
+        if has:
+            assert mine["log_likelihood"].mean() == pytest.approx(entry[system]["log_likelihood"]["value"])
+
+
+def test_smaller_samples_of_texts_lie_within_larger_ones(model, dataset, split, stored):
+    def asked(users):
+        config = replace(
+            EVALUATION, text=TextEvaluationConfig(users=users, greedy=TextDecoding(1), sampled=None)
+        )
+        drawn = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed=0)
+        judge = OpenEvaluator(model, dataset, split, stored, drawn, config, 0, lambda _: None)
+        return {int(row[0]) for row in judge.write("genres").rows}
+
+    few, more, everyone = asked(2), asked(4), asked(None)
+    assert len(few) == 2 and len(more) == 4 < len(everyone)
+    assert few < more < everyone
 
 
 def _next_item(dataset, row):

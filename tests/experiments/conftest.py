@@ -1,4 +1,4 @@
-"""Two cells of the family at smoke scale, done in this process."""
+"""Two cells of the family and two of the reviews at smoke scale, done in this process."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]
     failed = runner.run(load_experiment("family"), "smoke", only=["reference", "proj"], extra=QUICK)
     assert failed == []
     return out, calls
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two cells whose models write texts."""
+    out = tmp_path_factory.mktemp("reviews")
+    runner = Runner(out, main)
+    failed = runner.run(load_experiment("reviews"), "smoke", only=["reference", "full"], extra=QUICK)
+    assert failed == []
+    return out

@@ -1,17 +1,21 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
 
+from userllm.errors import UserError
+from userllm.evaluation.metrics import sign_flip_p
 from userllm.experiments.cells import CellStore
 from userllm.experiments.comparison import decide, difference, mean, per_user, ratio
 from userllm.experiments.definition import Claim, Side
+from userllm.experiments.tables import agreement, spread
 
 
 @pytest.fixture
 def make_cell(tmp_path):
-    def make(name, ranks, users=None, seed=0, loglik=-3.0):
+    def make(name, ranks, users=None, seed=0, loglik=-3.0, **columns):
         users = [str(u) for u in (range(len(ranks)) if users is None else users)]
         frame = pl.DataFrame(
             {
@@ -20,6 +24,7 @@ def make_cell(tmp_path):
                 "system": ["user_llm"] * len(ranks),
                 "rank": np.array(ranks, dtype=np.int32),
                 "log_likelihood": [loglik] * len(ranks),
+                **columns,
             }
         )
         file = tmp_path / "per_user.parquet"
@@ -48,6 +53,53 @@ def test_seeds_are_paired_and_averaged_by_user(make_cell):
     assert mean(values[0]).estimate.value == 0.75
 
 
+def test_every_seed_is_told_apart(make_cell):
+    a = [make_cell("a", [1, 1, 0, 0], seed=0), make_cell("a", [1, 0, 0, 0], seed=1)]
+    b = [make_cell("b", [0, 0, 0, 0], seed=0), make_cell("b", [0, 1, 0, 1], seed=1)]
+    values = [per_user(cells, "next_item", "user_llm", "recall@1") for cells in (a, b)]
+    assert mean(values[0]).by_seed == {0: 0.5, 1: 0.25}
+    between = difference(*values)
+    assert between.by_seed == {0: 0.5, 1: -0.25}
+    assert between.estimate.value == pytest.approx(0.125)
+    assert between.p == sign_flip_p([1.0, 0.0, 0.0, -0.5])
+    assert spread(mean(values[0])) == "0.250 to 0.500 (2)"
+    assert spread(mean(per_user(a[:1], "next_item", "user_llm", "recall@1"))) == "–"
+
+
+def test_a_user_who_was_asked_more_often_counts_once(make_cell):
+    """Samples differ by seed: user 1 is in both, users 2 and 3 in one each."""
+    cells = [make_cell("a", [1, 0], users=[1, 2]), make_cell("a", [1, 1], users=[1, 3], seed=1)]
+    measured = mean(per_user(cells, "next_item", "user_llm", "recall@1"))
+    assert (measured.n, measured.estimate.value) == (3, pytest.approx(2 / 3))
+
+
+def test_a_seed_that_says_the_opposite_is_enough_to_doubt(make_cell):
+    worse, same, better = [0] * 60, [1] * 20 + [0] * 40, [1] * 60
+    b = [make_cell("b", same, seed=seed) for seed in range(3)]
+    agreeing = [make_cell("a", better, seed=seed) for seed in range(3)]
+    decided = decide(claim(), {"a": agreeing, "b": b})
+    assert (decided.verdict, decided.seeds) == ("confirmed", 3)
+    assert agreement(decided) == "3 of 3 (+0.667 to +0.667)"
+    doubtful = [*agreeing[:2], make_cell("a", worse, seed=2)]
+    decided = decide(claim(), {"a": doubtful, "b": b})
+    assert decided.difference.estimate.low > 0
+    assert (decided.verdict, decided.seeds) == ("not confirmed", 2)
+
+
+def test_a_metric_of_texts_is_compared_user_by_user(make_cell):
+    texts = {"rank": pl.Series([None] * 3, dtype=pl.Int32)}
+    a = [make_cell("a", [0] * 3, rougeLsum=[0.2, 0.5, None], **texts)]
+    b = [make_cell("b", [0] * 3, rougeLsum=[0.1, 0.1, 0.4], **texts)]
+    of = replace(claim(), metric="rougeLsum")
+    decided = decide(of, {"a": a, "b": b})
+    assert decided.difference.n == 2
+    assert decided.difference.estimate.value == pytest.approx(0.25)
+    assert per_user(a, "next_item", "user_llm", "recall@1").is_empty()
+    with pytest.raises(UserError, match=r"no metric 'rouge9'; there are recall@1, .*, rougeLsum"):
+        decide(replace(of, metric="rouge9"), {"a": a, "b": b})
+    assert decide(replace(of, metric="rouge9", task="review"), {"a": a, "b": b}).verdict == "not run"
+
+
 def test_a_ratio_is_of_means_over_the_users_that_both_answered_for(make_cell):
     a = per_user([make_cell("a", [1, 0, 1, 1], users=[1, 2, 3, 9])], "next_item", "user_llm", "recall@10")
     b = per_user([make_cell("b", [1, 1, 1], users=[1, 2, 3])], "next_item", "user_llm", "recall@10")
@@ -56,6 +108,56 @@ def test_a_ratio_is_of_means_over_the_users_that_both_answered_for(make_cell):
     assert (of.n, of.estimate.value, of.estimate.high) == (3, pytest.approx(2 / 3), 1.0)
     nothing = per_user([make_cell("c", [0, 0, 0], users=[1, 2, 3])], "next_item", "user_llm", "recall@10")
     assert ratio(a, nothing) is None
+
+
+@pytest.fixture
+def make_labels(tmp_path):
+    def make(name, named, seed=0, targets=None):
+        targets = (
+            [["Drama"], ["Comedy", "Drama"], ["Action"]] * (len(named) // 3) if targets is None else targets
+        )
+        frame = pl.DataFrame(
+            {
+                "task": ["genres"] * len(named),
+                "user": [str(u) for u in range(len(named))],
+                "system": ["user_llm"] * len(named),
+                "rank": pl.Series([None] * len(named), dtype=pl.Int32),
+                "log_likelihood": [-3.0] * len(named),
+                "target": targets,
+                "named": pl.Series(named, dtype=pl.List(pl.String)),
+            }
+        )
+        file = tmp_path / "per_user.parquet"
+        frame.write_parquet(file)
+        return CellStore(tmp_path).store(f"{name}-{seed}", {"settings": {"seed": seed}}, file)
+
+    return make
+
+
+def test_weighted_f1_is_of_all_texts_together(make_labels):
+    good, poor = [["Drama"], ["Comedy", "Drama"], ["Action"]] * 20, [["Drama"], ["Drama"], ["Drama"]] * 20
+    a, b = make_labels("a", good), make_labels("b", poor)
+    rows = [per_user([cell], "genres", "user_llm", "f1") for cell in (a, b)]
+    assert (mean(rows[0]).n, mean(rows[0]).estimate.value) == (60, 1.0)
+    # Drama: precision 2/3, recall 1, half of the 80 labels; the others are never named
+    assert mean(rows[1]).estimate.value == pytest.approx(0.5 * 0.8)
+    lead = difference(*rows)
+    assert lead.estimate.value == pytest.approx(0.6) and 0.4 < lead.estimate.low < lead.estimate.high < 0.8
+    assert ratio(*rows) is None
+    assert per_user([a], "genres", "user_llm", "recall@1").is_empty()
+    assert mean(per_user([a], "genres", "user_llm", "log_likelihood")).estimate.value == -3.0
+    told = Claim("text", "UEM", "genres", "f1", Side("a"), Side("b"))
+    assert decide(told, {"a": [a], "b": [b]}).verdict == "confirmed"
+    assert decide(told, {"a": [a]}).verdict == decide(told, {"b": [b]}).verdict == "not run"
+
+
+def test_weighted_f1_of_seeds_is_of_their_texts_with_users_drawn_whole(make_labels):
+    good, poor = [["Drama"], ["Comedy", "Drama"], ["Action"]] * 20, [["Drama"], [], ["Drama"]] * 20
+    seeds = per_user([make_labels("a", good), make_labels("a", poor, seed=1)], "genres", "user_llm", "f1")
+    both = mean(seeds)
+    # Drama: 60 of 80 rightly, 80 named; Comedy, Action: 20 of 40, 20 named
+    assert both.n == 60
+    assert both.estimate.value == pytest.approx(0.5 * 2 * 60 / 160 + 0.5 * 2 * 20 / 60)
 
 
 def claim(**told):

@@ -3,8 +3,17 @@ import yaml
 
 from userllm.cli.configuration import describe_settings, load_config
 from userllm.errors import UserError
-from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
+from userllm.experiments.definition import (
+    SCALES,
+    Claim,
+    Published,
+    Side,
+    experiment_names,
+    load_experiment,
+    settings_hash,
+)
 from userllm.experiments.paper import paper_figure, paper_tables
+from userllm.experiments.tables import SHOWN
 
 EXPERIMENTS = [load_experiment(name) for name in experiment_names()]
 
@@ -41,23 +50,50 @@ def test_no_cell_is_there_twice(experiment):
     assert len(set(hashes)) == len(hashes)
 
 
-@pytest.mark.slow
+def resolve(settings, folder):
+    (folder / "cell.yaml").write_text(yaml.safe_dump(settings))
+    return load_config(folder / "cell.yaml")[0]
+
+
 @by_name
-def test_every_cell_is_a_configuration(experiment, tmp_path):
-    for scale, cell in every_cell(experiment):
-        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(experiment.settings(cell, scale, 0)))
-        load_config(tmp_path / "cell.yaml")
+def test_the_reference_is_a_configuration(experiment, tmp_path):
+    """At the scale that no test here runs; the slow test resolves every cell at every scale."""
+    assert set(experiment.scales) == set(SCALES)
+    config = resolve(experiment.settings(experiment.reference, "gpu", 1), tmp_path)
+    assert config.seed == 1 and set(config.tasks) == set(experiment.base["tasks"])
+
+
+@pytest.mark.slow  # each of some 150 configurations takes a tenth of a second
+def test_every_cell_is_a_configuration(tmp_path):
+    cells = {}
+    for experiment in EXPERIMENTS:
+        for scale, cell in every_cell(experiment):
+            settings = experiment.settings(cell, scale, 0)
+            cells[settings_hash(settings)] = settings
+    for settings in cells.values():
+        resolve(settings, tmp_path)
+
+
+def test_every_table_of_the_papers_is_redone_or_said_not_to_be():
+    redone = {table for experiment in EXPERIMENTS for table in experiment.redoes}
+    for name, table in paper_tables().items():
+        assert (name in redone) == (table.not_redone is None), name
 
 
 @by_name
 def test_claims_and_cells_name_what_is_there(experiment):
     for claim in experiment.claims:
-        table = claim.source.split(",")[0]
-        assert table in paper_tables() or table.startswith(("v2", "ours"))
-        assert claim.task in experiment.base["tasks"]
+        assert set(claim.sources) <= {*paper_tables(), "ours"}
+        task = experiment.base["tasks"][claim.task]
+        assert claim.metric in {*SHOWN[task["kind"]], "log_likelihood"}
+        assert (claim.kind == "within") == (claim.margin > 0)
+    assert set(experiment.redoes) <= set(paper_tables())
     for cell in experiment.cells.values():
-        for place in cell.paper.values():
-            assert paper_figure(*place) is not None
+        for place in cell.published:
+            assert paper_figure(place.table, place.row, place.column) is not None
+            assert place.task in {*experiment.base["tasks"], "prompt_tokens", "gates"}
+            if place.metric is not None:
+                assert place.metric in SHOWN[experiment.base["tasks"][place.task]["kind"]]
 
 
 def test_a_cell_differs_from_the_reference_in_its_settings_alone():
@@ -85,6 +121,25 @@ def test_published_figures():
     assert paper_figure("v1 T4", "Google Review ReviewG", "DualEnc") is None
     with pytest.raises(UserError, match="no row"):
         paper_figure("v1 T2", "MovieLens 20M @10", "GRU")
+
+
+def test_places_of_published_figures():
+    figure = ["v1 T2", "MovieLens 20M @10", "DualEnc"]
+    assert Published.read("next_item", figure) == Published("next_item", "user_llm", None, *figure)
+    told = Published.read("next_item:encoder recall@1", figure)
+    assert (told.task, told.system, told.metric) == ("next_item", "encoder", "recall@1")
+    for place in ("a:b:c", "a b c"):
+        with pytest.raises(ValueError, match="TASK"):
+            Published.read(place, figure)
+
+
+def test_a_source_may_name_several_tables():
+    def sources(text):
+        return Claim("text", text, "next_item", "recall@1", Side("a"), Side("b")).sources
+
+    assert sources("v1 T12, T13") == ["v1 T12", "v1 T13"]
+    assert sources("v2 Fig. 3") == ["v2 Fig. 3"]
+    assert sources("ours") == ["ours"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
@@ -8,8 +7,6 @@ from userllm.cli import main
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore
 from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
-from userllm.experiments.figures import length_figure
-from userllm.experiments.report import write_experiment_report
 from userllm.experiments.runner import Runner
 
 from .conftest import QUICK
@@ -101,43 +98,6 @@ def test_a_damaged_cell_is_named(done, tmp_path):
         Runner(tmp_path, lambda _: 1).run(FAMILY, "smoke", only=["proj"], extra=QUICK)
 
 
-def test_the_report(done):
-    out, _ = done
-    page = write_experiment_report(FAMILY, "smoke", out, extra=QUICK)
-    text = page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "Cells: 2 of" in text and "synthetic" in text
-    assert "0.203 (v1 T13" in text  # the paper's figure for proj
-    [row] = [
-        line for line in text.splitlines() if "above the projection alone" in line and "Next item" in line
-    ]
-    assert row.rstrip(" |").endswith("confirmed") or "the other way round" in row
-    assert "not run" in text
-    assert "<script" not in page.read_text(encoding="utf-8")
-
-
-def test_score_against_length(done):
-    """A line through the cells of a series, at the events and tokens that their language models get."""
-    out, _ = done
-    cells = {
-        name: [CellStore(out).find(settings_hash(FAMILY.settings(name, "smoke", 0, QUICK)))]
-        for name in ("reference", "proj")
-    }
-    assert length_figure(FAMILY, cells, "next_item", "recall@10") is None
-    drawn = replace(FAMILY, curves={"one": ("reference", "proj"), "none": ("tp50",)})
-    figure = length_figure(drawn, cells, "next_item", "recall@10")
-    [line] = figure.axes[0].get_lines()
-    assert line.get_xdata().tolist() == [20, 20]
-    value = cells["proj"][0].metrics["tasks"]["next_item"]["user_llm"]["recall@10"]["value"]
-    assert line.get_ydata()[1] == pytest.approx(value)
-    page = write_experiment_report(drawn, "smoke", out, extra=QUICK)
-    assert "figures/family-smoke-lengths.png" in page.with_suffix(".md").read_text(encoding="utf-8")
-
-
-def test_a_report_of_nothing(tmp_path):
-    with pytest.raises(UserError, match="no cell of family"):
-        write_experiment_report(FAMILY, "smoke", tmp_path)
-
-
 def test_the_list_counts_cells(done, capsys):
     where = ["--scale", "smoke", "--out", str(done[0]), "--set", *QUICK]
     assert main(["experiments", "list", *where]) == 0
@@ -150,20 +110,44 @@ def test_an_unknown_cell(capsys):
     assert "no cell 'nothing'" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
+def test_at_scale_smoke_a_crash_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    """The cells run in this process there, and yet one that crashes is shown and the others go on."""
+    calls = []
+
+    def crash(arguments):
+        calls.append(arguments.config)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("userllm.cli.pretrain.run", crash)
+    where = ["--scale", "smoke", "--out", str(tmp_path)]
+    assert main(["experiments", "run", "ablations", *where]) == 2
+    said = capsys.readouterr().err
+    assert "RuntimeError: out of luck" in said and "4 cells failed" in said
+    assert len(calls) == 4
 
 
-@pytest.mark.slow
+def test_interrupting_a_cell_in_this_process_stops_all(tmp_path, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("userllm.cli.pretrain.run", interrupt)
+    assert main(["experiments", "run", "ablations", "--scale", "smoke", "--out", str(tmp_path)]) == 130
+    assert "failed; the other cells" not in capsys.readouterr().out
+
+
+@pytest.mark.slow  # some sixty cells of two to three seconds
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", experiment_names())
-def test_whole(name, whole):
-    """Every cell of every experiment, each in its own process, as a user would run it; what two share is done once."""
-    where = ["--scale", "smoke", "--out", str(whole)]
-    assert main(["experiments", "run", name, *where]) == 0
-    assert main(["experiments", "report", name, *where]) == 0
-    text = (whole / f"{name}-smoke.md").read_text(encoding="utf-8")
-    assert "not run" not in text
-    for file in (whole / "cells").glob("*.json"):
-        assert json.loads(file.read_text())["metrics"]["dataset"]["name"] == "synthetic"
+def test_every_experiment(tmp_path, capsys):
+    """Every cell of every experiment at scale smoke, and the page of them all: `make smoke` does the same."""
+    where = ["--scale", "smoke", "--out", str(tmp_path)]
+    assert main(["experiments", "run", "all", *where]) == 0
+    assert main(["experiments", "report", *where]) == 0
+    text = (tmp_path / "report-smoke.md").read_text(encoding="utf-8")
+    assert ", 0 not run." in text and "Cells not run" not in text
+    for name in experiment_names():
+        assert load_experiment(name).title in text
+    for file in (tmp_path / "cells").glob("*.json"):
+        assert json.loads(file.read_text())["metrics"]["dataset"]["name"].startswith("synthetic")
+    capsys.readouterr()
+    assert main(["experiments", "run", "all", *where]) == 0
+    assert "failed" not in capsys.readouterr().out

@@ -24,6 +24,7 @@ VARIANTS = {
     "perceiver": {"perceiver": PerceiverConfig(latents=3, layers=2, heads=2)},
     "answer": {"attend": "answer"},
     "bfloat16": {"dtype": "bfloat16"},
+    "products": {"products": "bfloat16", "strategy": "lora"},
     "soft": {"kind": "soft_prompt", "projection": "mlp"},
     "mlp": {"projection": "mlp"},
     "text": {"kind": "none", "strategy": "lora", "text": HistoryTextConfig(events=3)},

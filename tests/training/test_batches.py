@@ -23,8 +23,8 @@ def model(make_model):
 
 def flat(value):
     """Every tensor of a batch, by name."""
-    if isinstance(value, torch.Tensor):
-        return {"": value}
+    if isinstance(value, torch.Tensor | int):
+        return {"": torch.as_tensor(value)}
     items = value.items() if isinstance(value, dict) else vars(value).items()
     return {
         f"{name}.{inner}": tensor

@@ -140,12 +140,28 @@ def test_a_batch_without_an_answer_is_not_an_error(make_user_llm, dataset, split
     assert float(loss.detach()) == 0
 
 
-def test_rates_and_decay_by_group(make_user_llm, dataset, split, stored, tmp_path):
+def test_adafactors_steps_are_a_share_of_each_weights_size(make_user_llm, dataset, split, stored, tmp_path):
+    model = make_user_llm("lora")
+    model.user_tokens.recency.weight.data.mul_(1000)
+    config = OptimizationConfig(optimizer="adafactor", learning_rate=0.01, warmup=0.0)
+    batches = ExampleBatches(model, dataset, split, stored, ContextualizeConfig(steps=1), 0)
+    trainer = StageTrainer(
+        ContextualizedLosses(model), training_arguments(tmp_path / "c", config, 1, 0, None), batches
+    )
+    large, before = model.user_tokens.recency.weight, model.user_tokens.recency.weight.detach().clone()
+    small, start = model.encoder.features.fuse.weight, model.encoder.features.fuse.weight.detach().clone()
+    trainer.run()
+    for weight, was in ((large, before), (small, start)):
+        step = float((weight.detach() - was).pow(2).mean().sqrt() / was.pow(2).mean().sqrt())
+        assert 0.001 < step <= 0.011
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_rates_and_decay_by_group(make_user_llm, dataset, split, stored, tmp_path, optimizer):
     model = make_user_llm("lora", stir=False)
     batches = ExampleBatches(model, dataset, split, stored, ContextualizeConfig(steps=1), 0)
-    args = training_arguments(
-        tmp_path / "c", OptimizationConfig(learning_rate=0.01, weight_decay=0.5), 1, 0, None
-    )
+    config = OptimizationConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=0.5)
+    args = training_arguments(tmp_path / "c", config, 1, 0, None)
     rates = {".user_block.gate": 10.0, ".user_block.": 1.0, "model.encoder.": 0.1, "model.lm.": 0.02}
     trainer = StageTrainer(ContextualizedLosses(model), args, batches, rates=rates)
     names = {id(weight): name for name, weight in model.named_parameters()}

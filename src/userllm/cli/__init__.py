@@ -6,6 +6,7 @@ A command imports what it needs only when it runs: ``--help`` and the ``data`` c
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import NoReturn
 from userllm.cli import (
     contextualize,
     data,
+    embed,
     evaluate,
     experiments,
     generate,
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         evaluate,
         report,
         experiments,
+        embed,
         recommend,
         score,
         generate,
@@ -81,15 +84,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments. Settings (a.b=c) may also follow an option: argparse alone takes only those that
+    stand together. Raises UserError for what it does not know."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    settings_left = hasattr(arguments, "overrides") and all("=" in word and word[0] != "-" for word in rest)
+    if rest and not settings_left:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments.command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        number = os.environ.get("RANK", "0")  # of several processes that a launcher started
+        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)

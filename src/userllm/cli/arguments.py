@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from userllm.errors import UserError
 if TYPE_CHECKING:
     from userllm.events import UserHistory
     from userllm.model import UserLLM
-    from userllm.pipeline import Run
+    from userllm.serving.record import UserRecord
+    from userllm.serving.store import UserStore
 
 CONFIG_NOTE = """\
 CONFIG is a YAML file; a.b=c after it sets one value of it, for example
@@ -48,14 +50,36 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders are (default: runs)"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="of several processes: each trains with a share of the weights (FSDP2)",
+    )
+    parser.add_argument(
+        "--ray",
+        type=int,
+        metavar="N",
+        help="evaluate on N workers of a Ray cluster (started here if there is none)",
+    )
+    parser.add_argument(
+        "--ray-gpus", type=float, default=0, metavar="G", help="GPUs of each Ray worker (default: 0)"
+    )
 
 
-def open_run(arguments: argparse.Namespace) -> Run:
-    """The run of CONFIG [a.b=c ...]."""
+def go_through(arguments: argparse.Namespace, last: str) -> None:
+    """The stages of CONFIG [a.b=c ...] up to ``last``, together with the other processes where there are several."""
+    from userllm import processes
     from userllm.cli.configuration import load_config
     from userllm.pipeline import Run
 
-    return Run(*load_config(arguments.config, arguments.overrides), arguments.runs)
+    config, plain = load_config(arguments.config, arguments.overrides)
+    run = Run(config, plain, arguments.runs, arguments.fsdp or processes.fsdp_asked())
+    if arguments.ray is not None:
+        from userllm.scale_out import answering
+
+        run.answering = answering(run, arguments.ray, arguments.ray_gpus)
+    run.through(last)
+    processes.stop()
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -67,16 +91,29 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     whose.add_argument("--user", metavar="ID", help="a user of the dataset, by the raw id")
     whose.add_argument("--history", type=Path, metavar="FILE.json", help="a history in a JSON file")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the prepared dataset that --user is in")
+    parser.add_argument(
+        "--store", type=Path, metavar="STORE", help="take --user from what `userllm embed` computed"
+    )
     parser.add_argument("--lm", metavar="NAME", help="where the language model is, if not where it was")
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
-    """The model in FOLDER and the history asked for; the inputs are looked at before the model is loaded."""
+def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory | UserRecord]:
+    """The model in FOLDER and the user asked for: their history, or what a store keeps of them. The inputs are looked
+    at before the model is loaded.
+    """
     folder, file = model_folder(arguments.folder), arguments.history
-    if file is None:
-        history = _history_of_user(arguments)
-    elif arguments.data is not None:
-        raise UserError("--data goes with --user; a history from --history needs no dataset")
+    user = store = None
+    if file is not None:
+        for option in ("data", "store"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} goes with --user; a history from --history needs no dataset")
+    if arguments.store is not None:
+        from userllm.serving.store import UserStore
+
+        store = UserStore.read(arguments.store)
+        user = store[arguments.user]
+    elif file is None:
+        user = _history_of_user(arguments)
     else:
         from userllm.data.history_file import read_history
         from userllm.data.vocabulary import Vocabulary
@@ -87,11 +124,32 @@ def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory]:
         ]
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         texts = saved_fusion(saved["fusion"]).text.texts
-        history = read_history(file, [*(name for name in fields if name != "item"), *texts])
+        user = read_history(file, [*(name for name in fields if name != "item"), *texts])
 
     from userllm.model import UserLLM
 
-    return UserLLM.from_pretrained(folder, arguments.lm), history
+    model = UserLLM.from_pretrained(folder, arguments.lm)
+    if store is not None:
+        _check_store(arguments, store, model)
+    return model, user
+
+
+def _check_store(arguments: argparse.Namespace, store: UserStore, model: UserLLM) -> None:
+    """Raise UserError where the store is another model's, or knows less of the user than the dataset.
+
+    The dataset is the one that --data names, or the run's own if it is still there.
+    """
+    from userllm.data.store import Dataset
+    from userllm.serving.embed import check_current
+    from userllm.serving.user_side import UserSide
+
+    side = UserSide.of(model)
+    store.check(side.version())
+    data = _dataset_of(arguments.folder, arguments.data)
+    if data is None or (arguments.data is None and not data.exists()):
+        print("whether the store knows the user's latest events was not checked: no --data", file=sys.stderr)
+    else:
+        check_current(store, arguments.user, side, Dataset.open(data))
 
 
 def model_folder(folder: Path) -> Path:
@@ -108,14 +166,23 @@ def model_folder(folder: Path) -> Path:
     raise UserError(f"{folder}: neither a run folder nor a saved model (no config.json)")
 
 
+def dataset_folder(folder: Path, data: Path | None, option: str) -> Path:
+    """The dataset that --data names, or the run's own. Raises UserError where neither is known."""
+    found = _dataset_of(folder, data)
+    if found is None:
+        raise UserError(f"{option} needs --data DIR: {folder} does not say which dataset it used")
+    return found
+
+
+def _dataset_of(folder: Path, data: Path | None) -> Path | None:
+    used = folder / "dataset.json"
+    if data is not None or not used.is_file():
+        return data
+    return Path(json.loads(used.read_text(encoding="utf-8"))["folder"])
+
+
 def _history_of_user(arguments: argparse.Namespace) -> UserHistory:
     from userllm.data.store import Dataset
 
-    data = arguments.data
-    if data is None:
-        used = arguments.folder / "dataset.json"
-        if not used.is_file():
-            raise UserError(f"--user needs --data DIR: {arguments.folder} does not say which dataset it used")
-        data = Path(json.loads(used.read_text(encoding="utf-8"))["folder"])
-    dataset = Dataset.open(data)
+    dataset = Dataset.open(dataset_folder(arguments.folder, arguments.data, "--user"))
     return dataset.history(dataset.user_index(arguments.user))

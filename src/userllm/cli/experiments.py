@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from pathlib import Path
 from typing import Any
 
 from userllm.cli.arguments import add_command
 from userllm.errors import UserError
 
+_INTERRUPTED = 130
+"""What ``main`` returns after Ctrl-C."""
 SCALES_NOTE = """\
-smoke: a generated table and a tiny random language model, seconds a cell; its numbers mean nothing
-cpu:   SmolLM2-135M on MovieLens-1M, a stated budget of CPU seconds a cell
+smoke: generated data and a tiny random language model, seconds a cell; its numbers mean nothing
+cpu:   SmolLM2-135M on MovieLens-1M and Rent the Runway, a stated budget of CPU seconds a cell
 gpu:   the same in full, on one GPU
 """
 RUN_NOTE = (
     SCALES_NOTE
     + """
-NAME is one of `userllm experiments list`, or a YAML file of your own. A cell that is stored is not done again, a
-run that is killed loses the cell it was at. Cells go to DIR/cells: copy those of several machines into one folder
-and they are one result. --set changes every cell, and the report has to be asked for with the same --set.
+NAME is one of `userllm experiments list`, or a YAML file of your own; "all" is every one of the list. A cell that is
+stored is not done again, a run that is killed loses the cell it was at. Cells go to DIR/cells: copy those of several
+machines into one folder and they are one result. --set changes every cell, and the report has to be asked for with the
+same --set. At scale smoke the cells run in this process, at the others each in its own.
+"""
+)
+REPORT_NOTE = (
+    SCALES_NOTE
+    + """
+Without NAME all experiments stand on one page, DIR/report-SCALE.html and .md: an overview with a verdict per claim, a
+section for each, and what User-LLM costs. With NAMEs each gets a page of its own, DIR/NAME-SCALE.html and .md.
 """
 )
 
@@ -33,13 +44,20 @@ def add_parser(commands: Any) -> None:
     )
     listing.set_defaults(command=show)
     running = add_command(actions, "run", "do the missing cells of some experiments", RUN_NOTE)
-    running.add_argument("names", nargs="+", metavar="NAME", help="experiments")
+    running.add_argument("names", nargs="+", metavar="NAME", help='experiments, or "all"')
     running.add_argument("--only", nargs="+", metavar="CELL", help="these cells only")
     running.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
     running.add_argument("--keep", action="store_true", help="keep the run folders, models included")
     running.set_defaults(command=run)
-    reporting = add_command(actions, "report", "write the tables and verdicts of what is stored", SCALES_NOTE)
-    reporting.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all)")
+    reporting = add_command(actions, "report", "write the tables and verdicts of what is stored", REPORT_NOTE)
+    reporting.add_argument("names", nargs="*", metavar="NAME", help="a page for each (default: one for all)")
+    reporting.add_argument(
+        "--benchmarks",
+        type=Path,
+        default=Path("docs/results/benchmarks"),
+        metavar="DIR",
+        help="where the efficiency measurements are (default: docs/results/benchmarks)",
+    )
     reporting.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
     reporting.set_defaults(command=report)
     for action in (listing, running, reporting):
@@ -82,11 +100,15 @@ def show(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Every missing cell. Raises UserError at the end where some failed."""
-    from userllm.experiments.definition import load_experiment
-    from userllm.experiments.runner import Runner
+    from userllm.experiments.definition import experiment_names, load_experiment
+    from userllm.experiments.runner import Runner, in_own_process
 
-    experiments = [load_experiment(name) for name in arguments.names]
-    runner = Runner(arguments.out, keep=arguments.keep)
+    names = arguments.names
+    if names == ["all"]:
+        names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
+    experiments = [load_experiment(name) for name in names]
+    launch = _in_this_process if arguments.scale == "smoke" else in_own_process
+    runner = Runner(arguments.out, launch, keep=arguments.keep)
     failed = [
         name
         for experiment in experiments
@@ -96,15 +118,28 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} cells failed: {', '.join(failed)}; what they said stands above")
 
 
-def report(arguments: argparse.Namespace) -> None:
-    """report.md and report.html of every experiment, into --out."""
-    from userllm.experiments.definition import experiment_names, load_experiment
-    from userllm.experiments.report import write_experiment_report
+def _in_this_process(command: list[str]) -> int:
+    """``userllm COMMAND`` here: a cell of a few seconds is not worth starting Python and torch anew."""
+    from userllm.cli import main
 
-    for name in arguments.names or experiment_names():
-        experiment = load_experiment(name)
-        if arguments.scale in experiment.scales or arguments.names:
-            page = write_experiment_report(
-                experiment, arguments.scale, arguments.out, arguments.seeds, arguments.set
-            )
-            print(page)
+    try:
+        status = main(command)
+    except Exception:  # noqa: BLE001 - as where each cell has its process: a crash is shown, and the others go on
+        traceback.print_exc()
+        return 1
+    if status == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return status
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """One page for all experiments, or a page for each that is named, into --out."""
+    from userllm.experiments.definition import experiment_names, load_experiment
+    from userllm.experiments.report import write_experiment_report, write_whole_report
+
+    scale, out, seeds, extra = arguments.scale, arguments.out, arguments.seeds, arguments.set
+    if not arguments.names:
+        experiments = [load_experiment(name) for name in experiment_names()]
+        print(write_whole_report(experiments, scale, out, seeds, extra, arguments.benchmarks))
+    for name in arguments.names:
+        print(write_experiment_report(load_experiment(name), scale, out, seeds, extra))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from userllm.cli.arguments import CONFIG_NOTE, add_command, add_config, open_run
+from userllm.cli.arguments import CONFIG_NOTE, add_command, add_config, go_through
 
 
 def add_parser(commands: Any) -> None:
@@ -19,4 +19,4 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """data, pretrain, contextualize, evaluate, report."""
-    open_run(arguments).through("report")
+    go_through(arguments, "report")

@@ -145,8 +145,16 @@ class StoredHistories:
     The time gap of a history's first event is the one to the event before it in the dataset, inside the history or not.
     """
 
-    def __init__(self, dataset: Dataset, vocabulary: Vocabulary, collator: HistoryCollator | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        vocabulary: Vocabulary,
+        collator: HistoryCollator | None = None,
+        rows: np.ndarray | None = None,
+    ):
+        """rows [items]: of each of the dataset's items the row in the collator's table, where that is another."""
         self.dataset = dataset
+        self.rows = rows
         self.collator = collator or HistoryCollator(dataset.items, vocabulary)
         self.offsets = dataset.offsets
         self.items = dataset.events["item"]
@@ -171,7 +179,8 @@ class StoredHistories:
             event_ids |= {
                 field.name: time_gap_ids(field, times, first, before) for field in self.collator.time_fields
             }
-        batch = self.collator.from_arrays(self.items[index], event_ids, times, mask)
+        items = self.items[index] if self.rows is None else self.rows[self.items[index]]
+        batch = self.collator.from_arrays(items, event_ids, times, mask)
         batch.texts = [self._texts_from(start) for start in (self.offsets[users] + starts).tolist()]
         return batch
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from userllm.data.store import Dataset
+from userllm.data.unseen_items import unseen_items
 from userllm.errors import UserError
 
 VALIDATION_USERS = 10
@@ -22,12 +23,17 @@ VALIDATION_USERS = 10
 class SplitConfig:
     """How to split a dataset."""
 
-    kind: Literal["leave_last_out", "paper"] = "leave_last_out"
-    """leave_last_out: the last event of a user is test, the last but one validation. paper: windows of equal length."""
+    kind: Literal["leave_last_out", "paper", "unseen_items"] = "leave_last_out"
+    """leave_last_out: the last event of a user is test, the last but one validation. paper: windows of equal length.
+    unseen_items (ours): a share of the items is in no training history, and histories of these alone are asked about;
+    see ``unseen``."""
     window: int = 50
     """Events of a window (paper: 50, also 100 and 200). Only used by ``paper``."""
     min_events: int = 5
-    """Users with fewer events are left out (ours, the field's custom). Only used by ``leave_last_out``."""
+    """Users with fewer events are left out (ours, the field's custom). Not used by ``paper``."""
+    unseen: float = 0.2
+    """Share of the items that training never meets, by a hash of their ids. A user's events of these become a user of
+    their own, who is asked; those of all others one who trains. Only used by ``unseen_items``."""
 
     def build(self, dataset: Dataset) -> Split:
         """Raises UserError where a setting is out of range or no user is left."""
@@ -35,7 +41,9 @@ class SplitConfig:
             return _leave_last_out(dataset, self)
         if self.kind == "paper":
             return _paper(dataset, self)
-        raise UserError(f"split.kind is {self.kind!r}; use leave_last_out or paper")
+        if self.kind == "unseen_items":
+            return _unseen_items(dataset, self)
+        raise UserError(f"split.kind is {self.kind!r}; use leave_last_out, paper or unseen_items")
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Split:
     """A split; arrays are aligned, one entry per kept user.
 
     users: numbers of the kept users. train_end: their first ``train_end`` events may train.
-    validation: position of the validation target, -1 where the user has none. test: position of the test target.
+    validation, test: position of the validation and the test target, -1 where the user has none.
     """
 
     config: SplitConfig
@@ -77,6 +85,8 @@ class Split:
     def fingerprint(self) -> str:
         """sha256 over the dataset's fingerprint, the settings and every position."""
         settings = f"{self.config.window}" if self.config.kind == "paper" else f"{self.config.min_events}"
+        if self.config.kind == "unseen_items":
+            settings += f" {self.config.unseen:g}"
         digest = hashlib.sha256(f"split v1 {self.dataset_fingerprint} {self.config.kind} {settings}".encode())
         for positions in (self.users, self.train_end, self.validation, self.test):
             digest.update(positions.astype("<i8").tobytes())
@@ -89,10 +99,12 @@ class Split:
             if self.config.kind == "paper"
             else f"min_events {self.config.min_events}"
         )
+        if self.config.kind == "unseen_items":
+            rule += f", {self.config.unseen:g} of the items unseen"
         return (
             f"{self.config.kind} ({rule}): {len(self.users):,} of {self.dataset_users:,} users; "
             f"{self.num_training_targets:,} training targets, {int((self.validation >= 0).sum()):,} validation, "
-            f"{len(self.test):,} test; fingerprint {self.fingerprint[:12]}"
+            f"{int((self.test >= 0).sum()):,} test; fingerprint {self.fingerprint[:12]}"
         )
 
     @property
@@ -117,6 +129,34 @@ def _leave_last_out(dataset: Dataset, config: SplitConfig) -> Split:
         raise UserError(f"{dataset.folder}: no user has {config.min_events} events; lower split.min_events")
     n = lengths[users]
     return Split(config, dataset.card.fingerprint, dataset.num_users, users, n - 2, n - 2, n - 1)
+
+
+def _unseen_items(dataset: Dataset, config: SplitConfig) -> Split:
+    """Of a dataset with these events apart: who has unseen items is asked, of others the last event is validation."""
+    if not 0 < config.unseen < 1 or config.min_events < 3:
+        raise UserError(
+            f"split.unseen is {config.unseen:g}, split.min_events {config.min_events}; unseen_items needs a share "
+            "between 0 and 1, and at least 3 events of a user"
+        )
+    lengths = dataset.lengths
+    users = np.flatnonzero(lengths >= config.min_events)
+    first = dataset.events["item"][dataset.offsets[:-1][users]]
+    asked = unseen_items(dataset, config.unseen)[first]
+    if not asked.any() or asked.all():
+        raise UserError(
+            f"{dataset.folder}: no user has {config.min_events} events of items that are "
+            f"{'seen' if asked.any() else 'unseen'}; change split.unseen, or lower split.min_events"
+        )
+    n = lengths[users]
+    return Split(
+        config,
+        dataset.card.fingerprint,
+        dataset.num_users,
+        users,
+        train_end=np.where(asked, 0, n - 1),
+        validation=np.where(asked, -1, n - 1),
+        test=np.where(asked, n - 1, -1),
+    )
 
 
 def _paper(dataset: Dataset, config: SplitConfig) -> Split:

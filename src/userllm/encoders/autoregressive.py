@@ -22,8 +22,9 @@ from userllm.encoders.base import UserEncoder
 from userllm.encoders.blocks import Block, RelativeTimeBias, rotations, time_apart
 from userllm.encoders.features import RESERVED, FieldShape, FieldTables
 from userllm.encoders.item_loss import ItemLoss
+from userllm.encoders.state import EncoderState, Reading
 from userllm.errors import UserError
-from userllm.events import HistoryBatch
+from userllm.events import UNKNOWN_TIME, HistoryBatch
 
 
 @dataclass
@@ -104,6 +105,11 @@ class AutoregressiveEncoder(UserEncoder):
         _check(config, fields)
         self.config = config
         self.width, self.max_length = config.width, config.max_length
+        self.not_extended = (
+            "encoder.count_from is end, so that every new event moves all earlier ones"
+            if config.count_from == "end"
+            else None
+        )
         self.features = FieldTables(
             fields, config.width, config.item_width, config.field_width, config.item_std
         )
@@ -159,16 +165,35 @@ class AutoregressiveEncoder(UserEncoder):
             x = x + self.positions(places)
         elif self.config.positions == "rotary":
             rotation = rotations(length, self.config.width // self.config.heads, x.device)
-        elif batch.times is None:
-            raise ValueError(
-                "encoder.positions is relative_time, but the batch has no times (UNKNOWN_TIME is one)"
-            )
         else:
-            apart = time_apart(batch.times)
+            apart = time_apart(_times(batch))
+        return self._through_blocks(x, rotation, apart), batch.mask
+
+    @torch.no_grad()
+    def extend(self, state: EncoderState | None, batch: HistoryBatch) -> tuple[Tensor, EncoderState]:
+        """See ``UserEncoder``. Raises ValueError where a history grows past ``max_length``."""
+        if self.not_extended is not None:
+            raise UserError(f"a history cannot be continued: {self.not_extended}")
+        known = self.config.positions == "relative_time" or batch.times is not None
+        times = _times(batch) if known else torch.full_like(batch.mask, UNKNOWN_TIME, dtype=torch.long)
+        reading = Reading(state, times, batch.mask, self.config.max_length)
+        x, rotation, apart = self.features(batch.fields), None, None
+        if self.positions is not None:
+            x = x + self.positions(reading.places)
+        elif self.config.positions == "rotary":
+            turns = rotations(reading.times.shape[1], self.config.width // self.config.heads, x.device)
+            rotation = turns[:, reading.places][:, :, None]
+        else:
+            apart = time_apart(times, reading.times)
+        return self._through_blocks(x, rotation, apart, reading), reading.after()
+
+    def _through_blocks(
+        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, reading: Reading | None = None
+    ) -> Tensor:
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, rotation, apart)
-        return self.norm(x), batch.mask
+            x = block(x, rotation, apart, reading)
+        return self.norm(x)
 
     def item_scores(self, embeddings: Tensor) -> Tensor:
         """Scores of every catalogue item as the next event, [..., items], from user embeddings [..., U]."""
@@ -198,6 +223,14 @@ class AutoregressiveEncoder(UserEncoder):
         )
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}
+
+
+def _times(batch: HistoryBatch) -> Tensor:
+    if batch.times is None:
+        raise ValueError(
+            "encoder.positions is relative_time, but the batch has no times (UNKNOWN_TIME is one)"
+        )
+    return batch.times
 
 
 def _check(config: AutoregressiveConfig, fields: list[FieldShape]) -> None:

@@ -4,6 +4,7 @@
 
 An encoder is a ``torch.nn.Module`` below ``UserEncoder`` with four attributes and one call. Two further methods are
 optional: ranking the catalogue by itself (a baseline, and the teacher of stage 2), and being pretrained by userllm.
+A causal one may also go on from what it has read (``extend``).
 ``examples/own_encoder.py`` wraps an encoder that another library trained.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from userllm.encoders.state import EncoderState
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
 
@@ -32,6 +34,8 @@ class UserEncoder(nn.Module, ABC):
     """Whether embedding s stands for event s; if not, attention to it explains nothing about events."""
     ranks_items: bool = False
     """Whether ``next_item_scores`` is there."""
+    not_extended: str | None = "this kind of encoder keeps nothing of what it has read"
+    """Why ``extend`` cannot go on from an earlier part of a history; None where it can."""
     needs_frequencies: bool = False
     """Whether stage 1 has to call ``use_frequencies`` before it begins."""
 
@@ -53,6 +57,14 @@ class UserEncoder(nn.Module, ABC):
     def item_scores(self, embeddings: Tensor) -> Tensor | None:
         """The same scores [..., items] from embeddings [..., U], where those say it all; None where they do not."""
         return None
+
+    def extend(self, state: EncoderState | None, batch: HistoryBatch) -> tuple[Tensor, EncoderState]:
+        """Embeddings [B, S, U] of new events alone, as in their whole histories, and what to go on from the next time.
+
+        state: after the histories' earlier events; None where the batch begins with their first. At most
+        ``max_length`` events together. Raises UserError where ``not_extended`` says why not.
+        """
+        raise UserError(f"a history cannot be continued: {self.not_extended}")
 
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
         """What stage 1 minimises, under ``"loss"``, and its parts by name; in nats.

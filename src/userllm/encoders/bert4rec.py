@@ -68,6 +68,7 @@ class Bert4RecEncoder(UserEncoder):
 
     causal = False
     ranks_items = True
+    not_extended = "of Bert4Rec every embedding knows all events, later ones too"
 
     def __init__(self, config: Bert4RecConfig, fields: list[FieldShape]):
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.encoders.state import Reading
 from userllm.events import UNKNOWN_TIME
 
 TIME_BUCKETS = 64
@@ -42,10 +43,19 @@ class Block(nn.Module):
         self.up = nn.Linear(width, feed_forward if kind == "gelu" else 2 * feed_forward)
         self.down = nn.Linear(feed_forward, width)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None, apart: Tensor | None = None) -> Tensor:
-        """[B, S, U] -> [B, S, U]. rotation: see ``rotations``; apart: see ``time_apart``, for a block with a bias."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None = None,
+        apart: Tensor | None = None,
+        reading: Reading | None = None,
+    ) -> Tensor:
+        """[B, S, U] -> [B, S, U]. rotation: see ``rotations``; apart: see ``time_apart``, for a block with a bias.
+
+        reading: the events may go on from earlier ones, see ``Reading``; ``apart`` is then [B, S, past and new].
+        """
         for f, norm in (
-            (lambda x: self._attend(x, rotation, apart), self.attention_norm),
+            (lambda x: self._attend(x, rotation, apart, reading), self.attention_norm),
             (self._feed, self.feed_forward_norm),
         ):
             if self.norm == "pre":
@@ -54,17 +64,22 @@ class Block(nn.Module):
                 x = norm(x + F.dropout(f(x), self.dropout, self.training))
         return x
 
-    def _attend(self, x: Tensor, rotation: Tensor | None, apart: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, rotation: Tensor | None, apart: Tensor | None, reading: Reading | None
+    ) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.bias is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        mask, causal, distance = None, True, None
+        if reading is not None:
+            k, v = reading.join(k, v)
+            mask, causal, distance = reading.mask, reading.causal, reading.distance
+        if self.bias is not None:
             assert apart is not None
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(apart))
+            mask, causal = self.bias(apart, distance), False
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
     def _feed(self, x: Tensor) -> Tensor:
@@ -89,23 +104,29 @@ class RelativeTimeBias(nn.Module):
         nn.init.zeros_(self.distance.weight)
         nn.init.zeros_(self.time.weight)
 
-    def forward(self, apart: Tensor) -> Tensor:
-        """[B, heads, S, S] from ``time_apart``'s buckets [B, S, S]; minus infinity where j > i."""
-        places = torch.arange(apart.shape[1], device=apart.device)
-        distance = places[:, None] - places
+    def forward(self, apart: Tensor, distance: Tensor | None = None) -> Tensor:
+        """[B, heads, S, S] from ``time_apart``'s buckets [B, S, S]; minus infinity where j > i.
+
+        distance [B, S, K]: how many events lie between event i and event j of K, where those are not the same S.
+        """
+        if distance is None:
+            places = torch.arange(apart.shape[1], device=apart.device)
+            distance = places[:, None] - places
         bias = self.time(apart) + self.distance(distance.clamp_min(0))
         return bias.masked_fill((distance < 0)[..., None], -torch.inf).permute(0, 3, 1, 2)
 
 
-def time_apart(times: Tensor) -> Tensor:
+def time_apart(times: Tensor, since: Tensor | None = None) -> Tensor:
     """Buckets [B, S, S] of the seconds from event j to event i, from times [B, S]; ``TIME_BUCKETS`` where unknown.
 
-    An event j that is not before event i counts as simultaneous (it is masked, or the history is not quite in order).
+    since [B, K]: the times of the events j, where those are others. An event j that is not before event i counts as
+    simultaneous (it is masked, or the history is not quite in order).
     """
-    known = times != UNKNOWN_TIME
-    seconds = (times[:, :, None] - times[:, None, :]).clamp_min(0)
+    since = times if since is None else since
+    known = (times != UNKNOWN_TIME)[:, :, None] & (since != UNKNOWN_TIME)[:, None, :]
+    seconds = (times[:, :, None] - since[:, None, :]).clamp_min(0)
     buckets = (2 * torch.log2(seconds.float() + 1)).long().clamp_max(TIME_BUCKETS - 1)
-    return buckets.where(known[:, :, None] & known[:, None, :], TIME_BUCKETS)
+    return buckets.where(known, TIME_BUCKETS)
 
 
 def rotations(length: int, head_width: int, device: torch.device) -> Tensor:

@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from userllm import processes
+
 
 class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, table: Tensor, target: Tensor, rows: int, precision: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        target: Tensor,
+        rows: int,
+        precision: torch.dtype,
+        count: float,
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        count = max(hidden.shape[0], 1)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_table = torch.zeros_like(table) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -51,9 +58,9 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden, grad_table = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_table * grads[0], None, None, None
+        return grad_hidden * grads[0], grad_table * grads[0], None, None, None, None
 
 
 def blocked_cross_entropy(
@@ -66,4 +73,5 @@ def blocked_cross_entropy(
     sums over blocks keep the precision of ``hidden``. Gradients are computed in the forward pass, so double backward is
     not supported.
     """
-    return _BlockedCrossEntropy.apply(hidden, table, target, rows, precision or hidden.dtype)  # type: ignore[no-any-return]
+    count = processes.share(len(target))
+    return _BlockedCrossEntropy.apply(hidden, table, target, rows, precision or hidden.dtype, count)  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm import processes
 from userllm.encoders.base import UserEncoder
 from userllm.encoders.cross_entropy import blocked_cross_entropy
 from userllm.encoders.features import RESERVED, FieldShape
@@ -175,6 +176,7 @@ class DualEncoder(UserEncoder):
 
     causal = False
     per_event = False
+    not_extended = "a dual encoder has one embedding of the whole history"
     frequencies: Tensor | None
 
     def __init__(self, config: DualConfig, fields: list[FieldShape]):
@@ -240,7 +242,8 @@ class DualEncoder(UserEncoder):
         if self.training:
             loss = self._training_loss(users, self.label_tower(), target)
         else:
-            loss = F.cross_entropy(self.label_scores(users), target, reduction="sum") / max(len(target), 1)
+            loss = F.cross_entropy(self.label_scores(users), target, reduction="sum")
+            loss = loss / processes.share(len(target))
         return {"loss": loss, self.config.label: loss}
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
@@ -259,7 +262,7 @@ class DualEncoder(UserEncoder):
             raise ValueError("sampled negatives: call use_frequencies before training")
         drawn = self.config.drawn_negatives if self.config.negatives == "mixed" else 0
         logits, column = sampled_logits(users, labels, target, self.frequencies, drawn)
-        return F.cross_entropy(logits, column, reduction="sum") / max(len(target), 1)
+        return F.cross_entropy(logits, column, reduction="sum") / processes.share(len(target))
 
 
 def sampled_logits(

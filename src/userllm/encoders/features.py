@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm import processes
 from userllm.encoders.cross_entropy import blocked_cross_entropy
 
 RESERVED = 2
@@ -109,7 +110,8 @@ class FieldTables(nn.Module):
                 rows = valid.any(-1)
                 log_p = F.log_softmax(self.scores(field.name, hidden[rows]), dim=-1)
                 picked = log_p.gather(-1, target[rows].clamp_min(0)) * valid[rows]
-                result[field.name] = -(picked.sum(-1) / valid[rows].sum(-1)).sum() / max(int(rows.sum()), 1)
+                nats = -(picked.sum(-1) / valid[rows].sum(-1)).sum()
+                result[field.name] = nats / processes.share(int(rows.sum()))
             else:
                 rows = target >= 0
                 projected = self.heads[field.name](hidden[rows])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm import processes
 from userllm.encoders.cross_entropy import blocked_cross_entropy
 
 
@@ -85,7 +86,7 @@ def sampled_cross_entropy(
     logits = logits.masked_fill(drawn == target[:, None], -torch.inf)
     right = (hidden * table[target]).sum(-1)
     losses = torch.logsumexp(torch.cat([right[:, None], logits], dim=1), dim=1) - right
-    return losses.sum() / max(len(target), 1)
+    return losses.sum() / processes.share(len(target))
 
 
 def gbce(hidden: Tensor, table: Tensor, target: Tensor, drawn: Tensor, calibration: float) -> Tensor:
@@ -103,4 +104,4 @@ def gbce(hidden: Tensor, table: Tensor, target: Tensor, drawn: Tensor, calibrati
     beta = calibration * (alpha - 1) + 1  # the formula above, multiplied out: no division by alpha = 0
     right = F.logsigmoid((hidden * table[target]).sum(-1))
     losses = -(beta * right + wrong.masked_fill(hit, 0).sum(1)) / (k + 1)
-    return losses.sum() / max(len(target), 1)
+    return losses.sum() / processes.share(len(target))

@@ -4,12 +4,15 @@ Every system answers the same examples. Next items already in a user's history a
 by the *true* user's history also where the model is given another one. Ranks come from a list of ``list_length``
 answers for the language model (a target outside the list counts as a miss) and from the full ranking elsewhere; the
 metrics look at the first ten places only, so that MRR means the same everywhere.
+
+What the language model and the encoder say is asked batch by batch, of whoever there is (``questions``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,18 +20,31 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from userllm import processes
 from userllm.baselines.own_history import own_most_frequent
 from userllm.baselines.popularity import answer_counts, item_counts
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.encoders import UserEncoder
+from userllm.encoders import DualEncoder, UserEncoder
+from userllm.errors import UserError
 from userllm.evaluation.metrics import paired_gain, ranking_metrics
-from userllm.evaluation.ranking import encoder_ranks, fixed_ranks, rank_of, seen_items
+from userllm.evaluation.questions import Answers, Ask, Question, joined
+from userllm.evaluation.ranking import (
+    by_length,
+    encoder_answers,
+    fixed_ranks,
+    label_ranks,
+    rank_of,
+    seen_items,
+)
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.events import HistoryBatch
 from userllm.model import UserLLM
 from userllm.tasks import ClosedTask, NextItem
+
+ENCODER_BATCH = 64
+"""Users the encoder ranks the catalogue for at once."""
 
 
 @dataclass
@@ -46,7 +62,8 @@ class ClosedEvaluator:
     """Evaluates the closed tasks of a model on one part of a split.
 
     encoder: the encoder as stage 1 left it, whose own full-catalogue ranking, if it can do that, is a baseline (stage 2
-    trains the model's copy for the language model, without its output heads).
+    trains the model's copy for the language model, without its output heads). So is a dual encoder's ranking of the
+    labels it was trained on.
     """
 
     def __init__(
@@ -59,9 +76,11 @@ class ClosedEvaluator:
         config: EvaluationConfig,
         seed: int,
         progress: Callable[[str], None] = print,
+        ask: Ask = processes.spread,
     ):
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
-        self.encoder, self.config, self.progress = encoder, config, progress
+        self.encoder, self.config, self.progress, self.ask = encoder, config, progress, ask
+        self._known = cache(self._asked)
         self.users = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed)
         self.rows, self.available, self.other = self.users.rows, self.users.available, self.users.other
         self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
@@ -73,30 +92,27 @@ class ClosedEvaluator:
         """The entry of one task in metrics.json: each metric as an ``Estimate``, n, and the gains in nats."""
         task = self.model.closed_tasks[name]
         window = self.split.visible(self.model.window)
-        targets = task.targets(self.dataset, self.rows[:, 0], self.rows[:, 2], window)
-        kept = targets >= 0
-        rows, targets, other = self.rows[kept], torch.from_numpy(targets[kept]), self.rows[self.other[kept]]
+        rows, targets, _ = self._known(name)
         systems: dict[str, Answered] = {}
         self.progress(f"{name}: {len(rows)} of {self.available} users")
-        systems["user_llm"] = self._language_model(name, rows, rows, targets)
+        systems["user_llm"] = self._language_model(name, "user_llm")
         if self.config.other_user:
             self.progress(f"{name}: with another user's history")
-            systems["user_llm_shuffled"] = self._language_model(name, rows, other, targets)
+            systems["user_llm_shuffled"] = self._language_model(name, "user_llm_shuffled")
         self.progress(f"{name}: without a user, and baselines")
         base = self.without_user[name] = self.model.score_answers(name, None)[0].cpu()
         systems["no_user"] = self._fixed(task, base, rows, targets, base)
         if isinstance(task, NextItem):
-            if self.encoder.ranks_items:
-                ranks, logliks = encoder_ranks(
-                    self.encoder, self.stored, self.dataset, rows, self.config.exclude_seen
-                )
-                systems["encoder"] = Answered(ranks, logliks)
+            if self._encoder_ranks(task):
+                systems["encoder"] = self._encoder(name)
             counts = item_counts(self.dataset, self.split)
             systems["popularity"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
             systems["own_most_frequent"] = self._own_most_frequent(rows, targets, counts)
         else:
             counts = answer_counts(task, self.dataset, self.split, window)
             systems["majority"] = self._fixed(task, counts, rows, targets, _smoothed(counts))
+            if isinstance(self.encoder, DualEncoder) and self.encoder.config.label == task.config.field:
+                systems["encoder"] = Answered(*label_ranks(self.encoder, self.stored, rows, targets))
             if task.config.field in self.stored.collator.vocabulary:
                 systems["exact"] = Answered(self._count_exactly(task, rows, targets, window))
         self.answered[name] = rows[:, 0], systems
@@ -156,37 +172,93 @@ class ClosedEvaluator:
         }
         return entry
 
+    def _asked(self, name: str) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        """Who is asked in a task: user rows [n, 3], the right answers [n], and the rows of somebody else for each."""
+        targets = self.model.closed_tasks[name].targets(
+            self.dataset, self.rows[:, 0], self.rows[:, 2], self.split.visible(self.model.window)
+        )
+        kept = targets >= 0
+        if not kept.any():
+            raise UserError(
+                f"evaluation of {name}: no user in the {self.config.part} part has a right answer"
+            )
+        return self.rows[kept], torch.from_numpy(targets[kept]), self.rows[self.other[kept]]
+
+    def questions(self) -> list[Question]:
+        """All that will be asked of the language model and of an encoder that ranks the catalogue."""
+        systems = ["user_llm", *(["user_llm_shuffled"] if self.config.other_user else [])]
+        return [
+            question
+            for name, task in self.model.closed_tasks.items()
+            for system in [*systems, *(["encoder"] if self._encoder_ranks(task) else [])]
+            for question in self._of(name, system)
+        ]
+
+    def _of(self, name: str, system: str) -> list[Question]:
+        batch = ENCODER_BATCH if system == "encoder" else self.config.batch
+        return [Question(name, system, start) for start in range(0, len(self._known(name)[0]), batch)]
+
+    def _encoder_ranks(self, task: ClosedTask) -> bool:
+        return isinstance(task, NextItem) and self.encoder.ranks_items
+
+    def _language_model(self, name: str, system: str) -> Answered:
+        """The fused LM's answers, with the users' own histories or with those of others."""
+        said = joined(self.ask(self._of(name, system), self.answer))
+        invalid = int(said["invalid"].sum())
+        return Answered(said["ranks"], said["log_likelihood"], invalid, said["prompt_tokens"])
+
+    def _encoder(self, name: str) -> Answered:
+        said = joined(self.ask(self._of(name, "encoder"), self.answer))
+        back = np.argsort(np.concatenate(by_length(self._known(name)[0], ENCODER_BATCH)))
+        return Answered(said["ranks"][back], said["log_likelihood"][back])
+
     @torch.no_grad()
-    def _language_model(
-        self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor
-    ) -> Answered:
+    def answer(self, question: Question) -> Answers:
+        """What "user_llm", "user_llm_shuffled" or "encoder" says about one batch of users.
+
+        The encoder's batches are of users by the length of their histories.
+        """
+        rows, targets, other = self._known(question.task)
+        if question.system == "encoder":
+            part = by_length(rows, ENCODER_BATCH)[question.start // ENCODER_BATCH]
+            self.encoder.eval()
+            ranks, logliks = encoder_answers(
+                self.encoder, self.stored, self.dataset, rows[part], self.config.exclude_seen
+            )
+            return {"ranks": ranks, "log_likelihood": logliks.astype(np.float64)}
+        self.model.eval()
+        histories = other if question.system == "user_llm_shuffled" else rows
+        batch = slice(question.start, question.start + self.config.batch)
+        return self._answers(question.task, rows[batch], histories[batch], targets[batch])
+
+    def _answers(self, name: str, rows: np.ndarray, histories: np.ndarray, targets: Tensor) -> Answers:
         """The fused LM's answers for users ``rows``, conditioned on ``histories`` (rows of the same shape)."""
         task, device = self.model.closed_tasks[name], self.model.lm.device
-        self.model.eval()
-        ranks, logliks = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows))
-        read = np.full(len(rows), len(self.model.question(name)))
-        invalid = 0
         length = min(self.config.list_length, len(task.answers))
-        for start in range(0, len(rows), self.config.batch):
-            part = slice(start, start + self.config.batch)
-            batch = self.stored.batch(histories[part]).to(device)
-            users = self.model.context(batch)
-            if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
-                read[part] += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
-            target = targets[part].to(device)
-            excluded = None
-            possible = torch.full((len(target),), length)
-            if isinstance(task, NextItem) and self.config.exclude_seen:
-                excluded = seen_items(self.dataset, rows[part]).to(device)
-                # a repeated item still has to be found, as in rank_of
-                excluded.scatter_(1, target[:, None], False)
-                possible = (~excluded).sum(1).clamp_max(length)
-            found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
-            hit = found.answers == target[:, None]
-            ranks[part] = torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy()
-            logliks[part] = self.model.answer_log_likelihood(name, target, users).cpu().numpy()
-            invalid += count_invalid(found.answers, len(task.answers), possible)
-        return Answered(ranks, logliks, invalid, read)
+        users = self.model.context(self.stored.batch(histories).to(device))
+        read = np.full(len(rows), len(self.model.question(name)))
+        if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
+            read += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
+        target = targets.to(device)
+        excluded = None
+        possible = torch.full((len(target),), length)
+        if isinstance(task, NextItem) and self.config.exclude_seen:
+            excluded = seen_items(self.dataset, rows).to(device)
+            # a repeated item still has to be found, as in rank_of
+            excluded.scatter_(1, target[:, None], False)
+            possible = (~excluded).sum(1).clamp_max(length)
+        found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
+        hit = found.answers == target[:, None]
+        invalid = [
+            count_invalid(own, len(task.answers), most)
+            for own, most in zip(found.answers.split(1), possible.split(1), strict=True)
+        ]
+        return {
+            "ranks": torch.where(hit.any(1), hit.int().argmax(1) + 1, 0).cpu().numpy(),
+            "log_likelihood": self.model.answer_log_likelihood(name, target, users).double().cpu().numpy(),
+            "invalid": np.array(invalid),
+            "prompt_tokens": read,
+        }
 
     def _fixed(
         self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor

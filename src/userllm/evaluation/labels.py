@@ -7,6 +7,7 @@ them. Values are scikit-learn's; a label nobody was given has precision 0. Inter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ class LabelScores:
             "unknown_words": unknown.astype(float),
         }
 
+    def names(self, texts: Sequence[str]) -> list[list[str]]:
+        """The labels that each text names."""
+        return [[self.task.values[n] for n in np.flatnonzero(named)] for named in self.read(texts)[0]]
+
     def read(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Labels [n, L] bool that the texts name, and the number of unknown words [n]."""
         read = [self.task.read(text) for text in texts]
@@ -57,15 +62,52 @@ class LabelScores:
             for n, label in enumerate(self.task.values)
         }
 
-    def baselines(self, targets: Sequence[str], training: Sequence[str]) -> dict[str, Any]:
-        """Entries of answers that are the same for everyone: "majority", the most common of the training targets, and
+    def constants(self, training: Sequence[str]) -> dict[str, str]:
+        """Answers that are the same for everyone: "majority", the most common of the training targets, and
         "every_label", which names all of them."""
-        said = {"majority": self.task.majority(training), "every_label": ", ".join(self.task.values)}
-        entries: dict[str, Any] = {}
-        for system, text in said.items():
-            measured = self(targets, [text] * len(targets))
-            entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]
-        return entries
+        return {"majority": self.task.majority(training), "every_label": ", ".join(self.task.values)}
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """By user and label, [n, L] each: how often it was named rightly (hit), should have been (has), was named (got)."""
+
+    hit: np.ndarray
+    has: np.ndarray
+    got: np.ndarray
+
+    @classmethod
+    def of(cls, true: np.ndarray, named: np.ndarray) -> LabelCounts:
+        """From labels [n, L] bool."""
+        hit, has, got = (table.astype(float) for table in (true & named, true, named))
+        return cls(hit, has, got)
+
+    @classmethod
+    def of_names(
+        cls, targets: Sequence[Sequence[str]], named: Sequence[Sequence[str]], users: np.ndarray
+    ) -> LabelCounts:
+        """From labels by name, one text each, added up by user [texts], 0..n-1. Labels that no target has weigh
+        nothing in a weighted mean, and are left out."""
+        labels = sorted({label for target in targets for label in target})
+        true, said = (
+            np.array([[label in one for label in labels] for one in texts], dtype=bool).reshape(
+                -1, len(labels)
+            )
+            for texts in (targets, named)
+        )
+        each = cls.of(true, said)
+        summed = [np.zeros((int(users.max(initial=-1)) + 1, len(labels))) for _ in range(3)]
+        for table, rows in zip(summed, (each.hit, each.has, each.got), strict=True):
+            np.add.at(table, users, rows)
+        return cls(*summed)
+
+    def scores(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weighted precision, recall and F1, [R] each, where the users count ``weights`` [R, n] times."""
+        hit, has, got = weights @ self.hit, weights @ self.has, weights @ self.got
+        share = has / np.maximum(has.sum(1, keepdims=True), 1)
+        tables = hit / np.maximum(got, 1), hit / np.maximum(has, 1), 2 * hit / np.maximum(got + has, 1)
+        precision, recall, f1 = ((table * share).sum(1) for table in tables)
+        return precision, recall, f1
 
 
 def weighted_scores(
@@ -73,16 +115,35 @@ def weighted_scores(
 ) -> dict[str, Estimate]:
     """Weighted precision, recall and F1 of labels [n, L], with 95 % percentile intervals from resampled users."""
     values: Any = precision_recall_fscore_support(true, named, average="weighted", zero_division=0)[:3]  # type: ignore[arg-type]
+    resampled = LabelCounts.of(true, named).scores(_resampled(len(true), resamples, seed))
+    return {
+        name: _estimate(float(value), drawn)
+        for name, value, drawn in zip(NAMES, values, resampled, strict=True)
+    }
+
+
+def weighted_f1(
+    counts: LabelCounts, against: LabelCounts | None = None, resamples: int = 1000, seed: int = 0
+) -> Estimate:
+    """Weighted F1, or its lead over that of others' answers to the same users, with a 95 % interval.
+
+    A weighted F1 is no mean of users' own values, so the users are resampled and both sides computed anew each time,
+    on the same users.
+    """
+    weights = np.concatenate([np.ones((1, len(counts.has))), _resampled(len(counts.has), resamples, seed)])
+    scores = counts.scores(weights)[2]
+    if against is not None:
+        scores = scores - against.scores(weights)[2]
+    return _estimate(float(scores[0]), scores[1:])
+
+
+def _resampled(users: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each user is drawn, [resamples, users]."""
     rng = np.random.default_rng(seed)
-    users = len(true)
-    weights = rng.multinomial(users, np.full(users, 1 / users), size=resamples).astype(float)
-    hit, has, got = (weights @ table.astype(float) for table in (true & named, true, named))
-    share = has / np.maximum(has.sum(1, keepdims=True), 1)
-    precision, recall = hit / np.maximum(got, 1), hit / np.maximum(has, 1)
-    f1 = 2 * hit / np.maximum(got + has, 1)
+    return rng.multinomial(users, np.full(users, 1 / users), size=resamples).astype(float)
+
+
+def _estimate(value: float, resampled: np.ndarray) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
-    found = {}
-    for name, value, table in zip(NAMES, values, (precision, recall, f1), strict=True):
-        low, high = np.quantile((table * share).sum(1), [tail, 1 - tail])
-        found[name] = Estimate(float(value), float(low), float(high))
-    return found
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))

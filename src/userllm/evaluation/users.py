@@ -17,7 +17,8 @@ class TextEvaluationConfig:
     """How tasks that are answered in free text are evaluated."""
 
     users: int | None = 500
-    """Users of the evaluation who get texts written, sampled by the run's seed; null: all of them."""
+    """Users of the evaluation who get texts written, sampled by the run's seed, a smaller sample inside every larger
+    one; null: all of them."""
     greedy: TextDecoding = field(default_factory=TextDecoding)
     """Settings of the texts that the comparisons rest on."""
     sampled: TextDecoding | None = field(default_factory=lambda: TextDecoding(sample=True, top_p=0.95))

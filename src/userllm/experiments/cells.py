@@ -1,7 +1,7 @@
 """Finished cells on disk: one JSON file and one Parquet file each. Cells of several machines are merged by copying.
 
-    OUT/cells/<scale>-<cell>-s<seed>-<hash>.json      settings, versions, hardware, timings, metrics
-    OUT/cells/<scale>-<cell>-s<seed>-<hash>.parquet   every user's rank and log-likelihood, by task and system
+    OUT/cells/<scale>-<cell>-s<seed>-<hash>.json      settings, versions, hardware, timings, metrics, a few texts
+    OUT/cells/<scale>-<cell>-s<seed>-<hash>.parquet   every user's numbers, by task and system
 
 A cell goes by the hash of its settings. An experiment whose settings change finds nothing under the old hash, and two
 experiments that ask for the same settings share the cell.
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,21 @@ class FinishedCell:
         return int(self.told["settings"]["seed"])
 
     def per_user(self) -> pl.DataFrame:
-        """task, user, system, rank, log_likelihood."""
-        return pl.read_parquet(self.file.with_suffix(".parquet"))
+        """task, user, system, and a column per number there is of a user's answer: rank, log_likelihood, and what is
+        measured of written texts (rougeLsum, ...). Null or NaN where there is none; older cells lack some columns."""
+        file = self.file.with_suffix(".parquet")
+        return _read(file, file.stat().st_mtime_ns)
+
+    @property
+    def texts(self) -> dict[str, list[dict[str, str]]]:
+        """By task that is answered in free text, the first users' prompt, target and texts by system."""
+        texts: dict[str, list[dict[str, str]]] = self.told.get("texts", {})
+        return texts
+
+
+@lru_cache(maxsize=512)
+def _read(file: Path, _changed: int) -> pl.DataFrame:
+    return pl.read_parquet(file)
 
 
 class CellStore:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import polars as pl
 
-from userllm.evaluation.metrics import Estimate, bootstrap_mean, ratio_of_means, user_metrics
+from userllm.errors import UserError
+from userllm.evaluation.labels import LabelCounts, weighted_f1
+from userllm.evaluation.metrics import Estimate, bootstrap_mean, ratio_of_means, sign_flip_p, user_metrics
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.definition import Claim, Side
 
 Verdict = Literal["confirmed", "not confirmed", "not run"]
 
 LOG_LIKELIHOOD = "log_likelihood"
+RANKING = tuple(user_metrics([1]))
+"""Metrics that follow from a rank; any other is a column of a cell's numbers by user."""
+WEIGHTED_F1 = "f1"
+"""Of all texts together, label by label: no mean of users' values."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over ``n`` users with its 95 % interval."""
+    """A mean over ``n`` users, each user's seeds averaged first, or a weighted F1 of all seeds' texts, with its 95 %
+    interval over users."""
 
     n: int
     estimate: Estimate
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    """Each training's own mean. Where a cell asks a sample of the users, every seed asks its own."""
+    p: float | None = None
+    """Of a difference: two-sided p of there being none, by flipping the users' signs."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +49,96 @@ class Decided:
     nats: Measured | None = None
     """a - b of the true answer's log-likelihood, where both sides have one: it shows effects that recall is too coarse
     for, and decides nothing"""
+    seeds: int = 0
+    """in how many of the seeds the difference lies on the claim's side"""
 
 
 def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str) -> pl.DataFrame:
-    """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none."""
+    """user, seed, value: the metric of every user a cell (one per seed) answered for; empty where it has none.
+
+    metric: one of ``RANKING``, or a column of the cells' numbers by user. Raises UserError for one that a cell which
+    has this task and system does not know. Of ``WEIGHTED_F1`` there is no value of one user: in its place stand the
+    labels of target and text, "target" and "named".
+    """
     frames = []
     for cell in cells:
         rows = cell.per_user().filter((pl.col("task") == task) & (pl.col("system") == system))
-        if metric == LOG_LIKELIHOOD:
-            rows = rows.filter(pl.col(LOG_LIKELIHOOD).is_finite())
-            value = rows[LOG_LIKELIHOOD]
-        else:
+        if metric == WEIGHTED_F1:
+            if "named" in rows.columns:
+                told = rows.filter(pl.col("named").is_not_null())
+                frames.append(told.select("user", pl.lit(cell.seed).alias("seed"), "target", "named"))
+            continue
+        if metric in RANKING:
+            rows = rows.filter(pl.col("rank").is_not_null())
             value = pl.Series(user_metrics(rows["rank"].to_numpy())[metric])
+        elif metric in rows.columns:
+            rows = rows.filter(pl.col(metric).is_finite())
+            value = rows[metric]
+        elif rows.is_empty():
+            continue
+        else:
+            known = ", ".join((*RANKING, *rows.columns[3:]))
+            raise UserError(f"{cell.file}: {task} of {system} has no metric {metric!r}; there are {known}")
         seed = pl.lit(cell.seed).alias("seed")
         frames.append(rows.select("user", seed, value.cast(pl.Float64).alias("value")))
     return pl.concat(frames) if frames else pl.DataFrame(schema={"user": str, "seed": int, "value": float})
 
 
 def mean(rows: pl.DataFrame) -> Measured | None:
-    """The mean over users, each user's seeds averaged first; None without users."""
-    users = rows.group_by("user").agg(pl.col("value").mean()).sort("user")
+    """The mean over users, each user's seeds averaged first, or the weighted F1; None without users."""
+    if "named" in rows.columns:
+        return _weighted_f1(rows, ["named"])
+    users = _by_user(rows, "value")
     if users.is_empty():
         return None
-    return Measured(len(users), bootstrap_mean(users["value"].to_numpy()))
+    return Measured(len(users), bootstrap_mean(users["value"].to_numpy()), _by_seed(rows))
 
 
 def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     """a - b over the users that both have under the same seed; None without such users."""
     pairs = a.join(b, on=("user", "seed"), suffix="_b")
-    return mean(pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value")))
+    if "named" in pairs.columns:
+        return _weighted_f1(pairs, ["named", "named_b"])
+    pairs = pairs.select("user", "seed", (pl.col("value") - pl.col("value_b")).alias("value"))
+    users = _by_user(pairs, "value")
+    if users.is_empty():
+        return None
+    values = users["value"].to_numpy()
+    return Measured(len(users), bootstrap_mean(values), _by_seed(pairs), sign_flip_p(values))
 
 
 def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
-    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, or where b is 0."""
-    pairs = a.join(b, on=("user", "seed"), suffix="_b").group_by("user")
-    users = pairs.agg(pl.col("value").mean(), pl.col("value_b").mean()).sort("user")
+    """mean(a) / mean(b) over the users that both have under the same seed; None without such users, where b is 0, or of
+    weighted F1s, which are no means."""
+    if "named" in a.columns or "named" in b.columns:
+        return None
+    users = _by_user(a.join(b, on=("user", "seed"), suffix="_b"), "value", "value_b")
     if users.is_empty() or users["value_b"].sum() == 0:
         return None
     return Measured(len(users), ratio_of_means(users["value"].to_numpy(), users["value_b"].to_numpy()))
+
+
+def _weighted_f1(rows: pl.DataFrame, sides: Sequence[str]) -> Measured | None:
+    """Of the labels in the first of ``sides``, or their lead over the second's; users are resampled, with all seeds."""
+    if rows.is_empty():
+        return None
+
+    def estimate(some: pl.DataFrame, resamples: int = 1000) -> Estimate:
+        users = some["user"].rank("dense").to_numpy().astype(int) - 1
+        targets = some["target"].to_list()
+        counts = [LabelCounts.of_names(targets, some[side].to_list(), users) for side in sides]
+        return weighted_f1(*counts, resamples=resamples)
+
+    seeds = {int(some["seed"][0]): estimate(some, 1).value for some in rows.sort("seed").partition_by("seed")}
+    return Measured(rows["user"].n_unique(), estimate(rows), seeds)
+
+
+def _by_user(rows: pl.DataFrame, *columns: str) -> pl.DataFrame:
+    return rows.group_by("user").agg(pl.col(column).mean() for column in columns).sort("user")
+
+
+def _by_seed(rows: pl.DataFrame) -> dict[int, float]:
+    return dict(rows.group_by("seed").agg(pl.col("value").mean()).sort("seed").iter_rows())
 
 
 def _lowest(between: Measured) -> float:
@@ -86,7 +149,11 @@ def _lowest(between: Measured) -> float:
 
 
 def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided:
-    """What our cells say of a claim. cells: the finished ones by name, one per seed."""
+    """What our cells say of a claim. cells: the finished ones by name, one per seed.
+
+    Confirmed: the whole interval of the difference lies on the claim's side, and so does every seed's own difference.
+    The interval knows users, not trainings; one of several trainings that says the opposite is enough to doubt.
+    """
 
     def rows(side: Side, metric: str) -> pl.DataFrame:
         return per_user(cells.get(side.cell, ()), claim.task, side.system, metric)
@@ -96,6 +163,8 @@ def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided
     if between is None:
         return Decided(claim, "not run", mean(a), mean(b))
     needed = 0.0 if claim.kind == "above" else -claim.margin
-    verdict: Verdict = "confirmed" if _lowest(between) > needed else "not confirmed"
+    agreeing = sum(value > needed for value in between.by_seed.values())
+    holds = _lowest(between) > needed and agreeing == len(between.by_seed)
     nats = difference(rows(claim.a, LOG_LIKELIHOOD), rows(claim.b, LOG_LIKELIHOOD))
-    return Decided(claim, verdict, mean(a), mean(b), between, nats)
+    verdict: Verdict = "confirmed" if holds else "not confirmed"
+    return Decided(claim, verdict, mean(a), mean(b), between, nats, agreeing)

@@ -3,13 +3,14 @@
 Each experiment is a YAML file in this folder, or anyone's own:
 
     title, question        one line each
+    redoes: [TABLE, ...]   the papers' tables that stand beside it (optional)
     like: NAME             take base, scales and notes from another experiment (optional)
     base: {...}            a run configuration
     scales: {cpu: {settings: [a.b=c, ...], seeds: [0]}, ...}
     reference: CELL        the cell that the others are compared with
-    cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {TASK: [TABLE, ROW, COLUMN]}}}
-                           or NAME: OTHER_EXPERIMENT, the cell of that name there
-    curves: {SERIES: [CELL, ...]}  lines of a figure of score against history length (optional)
+    cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {PLACE: [TABLE, ROW, COLUMN]}}}
+                           or NAME: OTHER_EXPERIMENT, the cell of that name there; PLACE: see ``Published``
+    curves: {SERIES: [CELL, ...]}  lines of a figure of score against history length, User-LLM's first (optional)
     claims: [...]          what the papers say about these cells; see ``Claim``
     notes: [...]           where the protocol differs from the papers'
 
@@ -23,6 +24,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +63,40 @@ class Claim:
     """above: a - b lies wholly above 0; within: it lies wholly above ``-margin``."""
     margin: float = 0.0
 
+    @property
+    def sources(self) -> list[str]:
+        """The tables of ``source`` one by one: "v1 T12, T13" is v1 T12 and v1 T13."""
+        version, *_ = self.source.split(" ")
+        names = (name.strip() for name in self.source.split(","))
+        return [name if name.startswith(version) else f"{version} {name}" for name in names]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of the papers that belongs beside a cell's.
+
+    In YAML its place is "TASK", "TASK:SYSTEM" (a system other than user_llm), either with " METRIC" behind it where it
+    is not the metric shown first; "prompt_tokens" instead of a task: tokens the language model reads.
+    """
+
+    task: str
+    system: str
+    metric: str | None
+    table: str
+    row: str
+    column: str
+
+    @classmethod
+    def read(cls, place: str, figure: Sequence[str]) -> Published:
+        """Raises ValueError for a place or a figure of another form."""
+        asked, *metric = place.split()
+        task, *system = asked.split(":")
+        table, row, column = figure
+        if len(system) > 1 or len(metric) > 1:
+            raise ValueError(f"paper: {place!r} is not TASK[:SYSTEM] [METRIC]")
+        known = metric[0] if metric else None
+        return cls(task, system[0] if system else "user_llm", known, table, row, column)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -72,8 +108,8 @@ class Cell:
     settings: tuple[str, ...] = ()
     at: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further settings by scale: costs differ by a hundred times, so a dear cell may answer for fewer users."""
-    paper: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    """By task, the papers' figure: table, row, column in paper.yaml."""
+    published: tuple[Published, ...] = ()
+    """The papers' figures of this cell."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +135,8 @@ class Experiment:
     notes: tuple[str, ...]
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Cells that make one line of a figure of score against history length."""
+    redoes: tuple[str, ...] = ()
+    """Tables of paper.yaml."""
 
     def settings(self, cell: str, scale: str, seed: int, extra: Sequence[str] = ()) -> dict[str, Any]:
         """The run configuration of a cell, as plain values; ``extra`` settings come last."""
@@ -141,6 +179,12 @@ def load_experiment(name: str) -> Experiment:
         raise UserError(
             f"no experiment {name!r}; there are {', '.join(experiment_names())}, or give a YAML file"
         )
+    return _load(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _load(file: Path, _changed: int) -> Experiment:
+    """Experiments take cells from one another, so a file is asked for many times."""
     try:
         told = yaml.safe_load(file.read_text(encoding="utf-8"))
         return _experiment(file.stem, told)
@@ -170,6 +214,7 @@ def _experiment(name: str, told: dict[str, Any]) -> Experiment:
         cells=cells,
         claims=tuple(_claim(one) for one in told.get("claims", [])),
         curves={series: tuple(names) for series, names in told.get("curves", {}).items()},
+        redoes=tuple(told.get("redoes", ())),
         notes=(*told.get("notes", []), *(() if like is None else like.notes)),
     )
     named = [experiment.reference, *(side.cell for claim in experiment.claims for side in (claim.a, claim.b))]
@@ -187,7 +232,7 @@ def _cell(name: str, told: dict[str, Any] | str) -> Cell:
         group=told["group"],
         settings=tuple(told.get("settings", ())),
         at={scale: tuple(texts) for scale, texts in told.get("at", {}).items()},
-        paper={task: tuple(place) for task, place in told.get("paper", {}).items()},
+        published=tuple(Published.read(place, figure) for place, figure in told.get("paper", {}).items()),
     )
 
 

@@ -1,4 +1,7 @@
-"""An experiment's figures: its rows with their intervals, and score against history length (the papers' Fig. 3)."""
+"""An experiment's figures: its rows with their intervals, score against history length (the papers' Fig. 3), gates.
+
+Sized for a telephone's width; wider screens show them no larger.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.comparison import LOG_LIKELIHOOD, Measured, difference, mean, per_user
 from userllm.experiments.definition import Experiment
 from userllm.report.figures import INK, STYLE
+from userllm.report.wording import METRICS
 
 _COLOURS = ("#1f5fa8", "#d9a13b", "#2f8f83", "#b58bc4", "#9aa1ab", "#a4483f")
+_WIDTH = 5.4
+_NOT_FUSED = "#f0f1f3"
 
 
 def rows_figure(
@@ -33,15 +41,14 @@ def rows_figure(
     ]
     style: dict[Any, Any] = STYLE | {"axes.grid.axis": "x"}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(1.2 + 0.32 * len(names))
         left, right = figure.subplots(1, 2, sharey=True)
         _intervals(left, scores)
         _intervals(right, gains)
         right.axvline(0, color=INK, linewidth=0.8)
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
-        left.set_xlabel(metric)
+        left.set_xlabel(METRICS.get(metric, metric))
         right.set_xlabel("nats to the reference")
     return figure
 
@@ -58,42 +65,94 @@ def length_figure(
     if not curves:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)
-        by_events, by_tokens = figure.subplots(1, 2, sharey=True)
-        for colour, (series, done) in zip(_COLOURS * len(curves), curves.items(), strict=False):
+        figure = _figure(6.4 + 0.3 * ((len(curves) + 1) // 2))
+        by_events, by_tokens = figure.subplots(2, 1, sharey=True)
+        methods = list(dict.fromkeys(series.split(",")[0] for series in curves))
+        for series, done in curves.items():  # a colour for each method, dashed where the LM is tuned
+            colour = _COLOURS[methods.index(series.split(",")[0]) % len(_COLOURS)]
             scores = [mean(per_user(one, task, "user_llm", metric)) for one in done]
             for axis, place in ((by_events, events_shown), (by_tokens, prompt_tokens)):
-                points = [(place(one[0]), s.estimate) for one, s in zip(done, scores, strict=True) if s]
-                axis.plot(
-                    [x for x, _ in points], [e.value for _, e in points], "o-", color=colour, label=series
-                )
+                points = [
+                    (x, s.estimate)
+                    for one, s in zip(done, scores, strict=True)
+                    if s and (x := place(one[0])) is not None
+                ]
+                x = [events for events, _ in points]
+                style = "o--" if "tuned" in series else "o-"
+                axis.plot(x, [e.value for _, e in points], style, color=colour, label=series)
                 axis.vlines(
-                    [x for x, _ in points],
-                    [e.low for _, e in points],
-                    [e.high for _, e in points],
-                    color=colour,
-                    alpha=0.5,
+                    x, [e.low for _, e in points], [e.high for _, e in points], color=colour, alpha=0.5
                 )
+        by_events.set_xticks(sorted({events_shown(one[0]) for done in curves.values() for one in done}))
         by_events.set_xlabel("events of the history")
-        by_tokens.set_xlabel("tokens the LM reads before its answer")
+        by_tokens.set_xlabel("tokens the language model reads before its answer")
         by_tokens.set_xscale("log")
-        by_events.set_ylabel(metric)
-        by_events.legend()
+        plain_log_ticks(by_tokens.xaxis)
+        for axis in (by_events, by_tokens):
+            axis.set_ylabel(METRICS.get(metric, metric))
+            axis.set_ylim(bottom=0)
+        handles, labels = by_events.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=10)
     return figure
 
 
+def gate_figure(cells: Mapping[str, Sequence[FinishedCell]]) -> Figure | None:
+    """Every row's gates by LM layer, as colours; None where no cell has any."""
+    found = {name: gates(some) for name, some in cells.items()}
+    found = {name: values for name, values in found.items() if values}
+    if not found:
+        return None
+    layers = range(max(max(values) for values in found.values()) + 1)
+    shown = np.array([[values.get(layer, np.nan) for layer in layers] for values in found.values()])
+    largest = float(np.nanmax(np.abs(shown))) or 1.0
+    style: dict[Any, Any] = STYLE | {"axes.grid": False}
+    with matplotlib.rc_context(style):
+        figure = _figure(1.6 + 0.3 * len(found))
+        axes = figure.add_subplot()
+        axes.set_facecolor(_NOT_FUSED)
+        image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        axes.set_yticks(range(len(found)), list(found))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("LM layer")
+        figure.colorbar(image, label="tanh(alpha)", location="bottom", shrink=0.7, aspect=40)
+    return figure
+
+
+def gates(cells: Sequence[FinishedCell]) -> dict[int, float]:
+    """tanh(alpha) by LM layer, mean over seeds; empty for cells without gates."""
+    seen: dict[int, list[float]] = {}
+    for cell in cells:
+        for gate in cell.metrics["gates"]:
+            seen.setdefault(int(gate["layer"]), []).append(float(gate["value"]))
+    return {layer: sum(values) / len(values) for layer, values in sorted(seen.items())}
+
+
 def events_shown(cell: FinishedCell) -> int:
-    """Latest events that the language model is told of, in whichever way."""
+    """Latest events that the language model is told of, in whichever way: embeddings know what the encoder saw."""
     fusion: dict[str, Any] = cell.told["config"]["fusion"]
-    embedded = 0 if fusion["kind"] == "none" else int(fusion["events"])
+    embedded = 0 if fusion["kind"] == "none" else int(cell.told["config"]["encoder"]["max_length"])
     return max(embedded, int(fusion["text"]["events"]))
 
 
-def prompt_tokens(cell: FinishedCell) -> float:
-    """Tokens the language model reads before its answer, mean over the users of the first task."""
-    first = next(iter(cell.metrics["tasks"].values()))
-    return float(first["user_llm"]["prompt_tokens"]["value"])
+def prompt_tokens(cell: FinishedCell) -> float | None:
+    """Tokens the language model reads before its answer, mean over the users of the first task that tells."""
+    for entry in cell.metrics["tasks"].values():
+        if "prompt_tokens" in entry["user_llm"]:
+            return float(entry["user_llm"]["prompt_tokens"]["value"])
+    return None
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Numbers as they are written, at 1, 3, 10, 30, ...: the house's style prints no formulas such as powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _intervals(axis: Any, measured: Sequence[Measured | None]) -> None:

@@ -21,6 +21,8 @@ class PaperTable:
     unit: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[float | None, ...]]
+    not_redone: str | None = None
+    """Why no experiment stands beside it; None where one should."""
 
     def figure(self, row: str, column: str) -> float | None:
         """Raises UserError for an unknown row or column."""
@@ -38,7 +40,8 @@ def paper_tables() -> dict[str, PaperTable]:
         rows = {row: tuple(values) for row, values in table["rows"].items()}
         if bad := [row for row, values in rows.items() if len(values) != len(table["columns"])]:
             raise ValueError(f"paper.yaml: {name}: {bad[0]}: {len(rows[bad[0]])} figures")
-        tables[name] = PaperTable(name, table["title"], table["unit"], tuple(table["columns"]), rows)
+        columns, reason = tuple(table["columns"]), table.get("not_redone")
+        tables[name] = PaperTable(name, table["title"], table["unit"], columns, rows, reason)
     return tables
 
 

@@ -1,46 +1,74 @@
-"""An experiment's cells as tables beside the papers' figures: Markdown, and one HTML page that opens offline."""
+"""An experiment's report, and the report of all experiments together, from the stored cells."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
 
 from userllm.errors import UserError
+from userllm.experiments import tables
 from userllm.experiments.cells import CellStore, FinishedCell
-from userllm.experiments.comparison import (
-    LOG_LIKELIHOOD,
-    Decided,
-    Measured,
-    decide,
-    difference,
-    mean,
-    per_user,
-    ratio,
-)
-from userllm.experiments.definition import Cell, Experiment, settings_hash
-from userllm.experiments.figures import length_figure, prompt_tokens, rows_figure
-from userllm.experiments.paper import paper_figure, paper_tables
-from userllm.report.figures import data_uri, save_png
-from userllm.report.html import page_template
-from userllm.report.markdown import escape
+from userllm.experiments.comparison import Decided, decide
+from userllm.experiments.definition import Experiment, Side, settings_hash
+from userllm.experiments.efficiency import efficiency_section
+from userllm.experiments.figures import gate_figure, length_figure, rows_figure
+from userllm.experiments.page import NOTHING, Notes, Page, Part, Picture, Section, Table, Texts, write_page
+from userllm.experiments.paper import PaperTable, paper_tables
+from userllm.report.wording import METRICS, SYSTEMS, TASKS, label
 
-METRICS = {"next_item": "recall@10", "favorite_genre": "recall@1"}
-"""The metric shown first, by task; any other task's is recall@1."""
-TASKS = {"next_item": "Next item", "favorite_genre": "Favourite genre"}
+SHOWN_USERS = 3
+"""Users whose texts stand side by side; the first ones, not selected."""
 
 
-@dataclass
-class Table:
-    """A table as texts; the first column is a row's name."""
+_SCALE = {
+    "smoke": "smoke: generated data and a tiny language model with random weights. It shows that everything runs; its "
+    "numbers and verdicts mean nothing",
+    "cpu": "cpu",
+    "gpu": "gpu",
+}
+_READING = Section("reading", "How to read the tables", "", [Notes(tables.READING)])
 
-    title: str
-    about: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
+
+class Stored:
+    """An experiment at one scale with its finished cells. extra: the settings that the cells were run with, too."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        scale: str,
+        store: CellStore,
+        seeds: Sequence[int] | None = None,
+        extra: Sequence[str] = (),
+    ):
+        self.experiment, self.scale, self.extra = experiment, scale, extra
+        self.seeds = list(seeds or experiment.scale(scale).seeds)
+        self.cells: dict[str, list[FinishedCell]] = {}
+        for name in experiment.cells:
+            found = [store.find(self.hash_of(name, seed)) for seed in self.seeds]
+            if some := [cell for cell in found if cell is not None]:
+                self.cells[name] = some
+        self.decided = [decide(claim, self.cells) for claim in experiment.claims]
+
+    def hash_of(self, cell: str, seed: int) -> str:
+        """The hash a cell goes by."""
+        return settings_hash(self.experiment.settings(cell, self.scale, seed, self.extra))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Every task of the cells."""
+        return list(
+            dict.fromkeys(task for cells in self.cells.values() for task in cells[0].metrics["tasks"])
+        )
+
+    def asks(self, one: Decided) -> tuple[object, ...]:
+        """What a claim comes down to: two experiments may make the same one."""
+
+        def of(side: Side) -> tuple[str, str]:
+            return self.hash_of(side.cell, self.seeds[0]), side.system
+
+        claim = one.claim
+        return claim.task, claim.metric, of(claim.a), of(claim.b), claim.kind, claim.margin
 
 
 def write_experiment_report(
@@ -55,285 +83,272 @@ def write_experiment_report(
     Raises UserError where no cell of the experiment is stored.
     """
     store = CellStore(out)
-    cells: dict[str, list[FinishedCell]] = {}
-    for name in experiment.cells:
-        for seed in seeds or experiment.scale(scale).seeds:
-            found = store.find(settings_hash(experiment.settings(name, scale, seed, extra)))
-            if found is not None:
-                cells.setdefault(name, []).append(found)
-    if not cells:
+    stored = Stored(experiment, scale, store, seeds, extra)
+    if not stored.cells:
         raise UserError(
             f"{store.folder}: no cell of {experiment.name} at scale {scale}; run them first "
             f"(userllm experiments run {experiment.name} --scale {scale})"
         )
-    decided = [decide(claim, cells) for claim in experiment.claims]
-    facts = _facts(experiment, scale, cells)
-    tables = [
-        _verdicts(decided),
-        *(_results(experiment, task, cells) for task in _tasks(cells)),
-        _costs(experiment, cells),
-        *_papers(experiment),
+    missing = [name for name in experiment.cells if name not in stored.cells]
+    counted = f"{len(stored.cells)} of {len(experiment.cells)}"
+    facts = [
+        ("Scale", _SCALE[scale]),
+        ("Cells", counted + (f"; not run: {', '.join(missing)}" if missing else "")),
+        *_facts([cell for cells in stored.cells.values() for cell in cells]),
     ]
-    page = out / f"{experiment.name}-{scale}.html"
-    figures = _figures(experiment, cells)
-    (out / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        save_png(figure, out / "figures" / f"{page.stem}-{name}.png")
-    images = {name: data_uri(figure) for name, figure in figures.items()}
-    shown = {
-        "experiment": experiment,
-        "scale": scale,
-        "facts": facts,
-        "tables": tables,
-        "images": images,
-        "captions": {name: _caption(name) for name in figures},
-    }
-    page.write_text(page_template("experiments").render(**shown), encoding="utf-8")
-    page.with_suffix(".md").write_text(
-        _markdown(experiment, scale, facts, tables, list(figures)), encoding="utf-8"
-    )
-    return page
-
-
-def _figures(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> dict[str, Figure]:
-    figures = {
-        task: rows_figure(experiment, cells, task, METRICS.get(task, "recall@1")) for task in _tasks(cells)
-    }
-    lengths = length_figure(experiment, cells, "next_item", METRICS["next_item"])
-    return figures | ({} if lengths is None else {"lengths": lengths})
-
-
-def _caption(name: str) -> str:
-    if name == "lengths":
-        return "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
-    return f"{TASKS.get(name, name)}: every row with its 95 % interval, and its difference to the reference in nats."
-
-
-def _tasks(cells: dict[str, list[FinishedCell]]) -> list[str]:
-    return list(
-        dict.fromkeys(task for some in cells.values() for cell in some for task in cell.metrics["tasks"])
-    )
-
-
-def _facts(experiment: Experiment, scale: str, cells: dict[str, list[FinishedCell]]) -> list[tuple[str, str]]:
-    """What was run, in words."""
-    every = [cell for some in cells.values() for cell in some]
-
-    def several(values: list[str]) -> str:
-        return "; ".join(dict.fromkeys(values))
-
-    missing = [name for name in experiment.cells if name not in cells]
-    return [
-        ("Scale", scale),
-        (
-            "Cells",
-            f"{len(cells)} of {len(experiment.cells)}"
-            + (f"; not run: {', '.join(missing)}" if missing else ""),
-        ),
-        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in every}))),
-        ("Data", several([_data(cell.metrics) for cell in every])),
-        ("Language model", several([_lm(cell.metrics) for cell in every])),
-        ("Hardware", several([cell.told["hardware"] for cell in every])),
-        ("Commit", several([cell.told["commit"] for cell in every])),
-        ("Date", several([cell.told["date"] for cell in every])),
-    ]
-
-
-def _data(metrics: dict[str, Any]) -> str:
-    data, split = metrics["dataset"], metrics["split"]
-    return f"{data['name']}, {data['users']:,} users, {data['events']:,} events, {split['kind']}, {split['part']}"
-
-
-def _lm(metrics: dict[str, Any]) -> str:
-    return f"{metrics['lm']['name']}, {metrics['lm']['parameters']:,} parameters"
-
-
-def _verdicts(decided: Sequence[Decided]) -> Table:
-    table = Table(
-        "What the papers claim",
-        "Confirmed: the whole 95 % interval of the paired difference lies on the claim's side (where none differs at "
-        "all, an interval of 3 / n about 0). The difference in nats "
-        "(log-likelihood of the true answer) stands beside it and decides nothing.",
-        ["Claim", "Source", "Task, metric", "a", "b", "a - b", "users", "a - b, nats", "Verdict"],
-    )
-    for one in decided:
-        claim = one.claim
-        verdict: str = one.verdict
-        if one.verdict == "not confirmed" and one.difference is not None and one.difference.estimate.high < 0:
-            verdict += ": the other way round" if claim.kind == "above" else ": it loses"
-        table.rows.append(
-            [
-                claim.text,
-                claim.source,
-                f"{TASKS.get(claim.task, claim.task)}, {claim.metric}",
-                _value(one.a),
-                _value(one.b),
-                _gain(one.difference),
-                str(one.difference.n) if one.difference else "–",
-                _gain(one.nats),
-                verdict,
-            ]
-        )
-    return table
-
-
-def _results(experiment: Experiment, task: str, cells: dict[str, list[FinishedCell]]) -> Table:
-    metric = METRICS.get(task, "recall@1")
-    reference = cells.get(experiment.reference, [])
-    table = Table(
-        TASKS.get(task, task),
-        f"{metric} with its 95 % interval; differences to the reference and shares of what the row's own encoder "
-        "reaches by itself, both on the same users.",
+    named = {place.table for cell in experiment.cells.values() for place in cell.published}
+    page = Page(
+        experiment.title,
+        _question(experiment),
+        facts,
         [
-            "Row",
-            "users",
-            metric,
-            "to the reference",
-            "nats to the reference",
-            "pairs",
-            "its encoder alone",
-            "of its encoder's",
-            "paper",
-        ],
-    )
-    base = {name: per_user(reference, task, "user_llm", name) for name in (metric, LOG_LIKELIHOOD)}
-    for group, chosen in _grouped(experiment, cells):
-        for cell in chosen:
-            own = {name: per_user(cells[cell.name], task, "user_llm", name) for name in base}
-            measured = mean(own[metric])
-            is_reference = cell.name == experiment.reference
-            against = None if is_reference else difference(own[metric], base[metric])
-            nats = None if is_reference else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
-            alone = per_user(cells[cell.name], task, "encoder", metric)
-            table.rows.append(
-                [
-                    f"{group}: {cell.label}",
-                    str(measured.n) if measured else "–",
-                    _value(measured),
-                    _gain(against),
-                    _gain(nats),
-                    str(against.n) if against else "–",
-                    _value(mean(alone)),
-                    _value(ratio(own[metric], alone)),
-                    _paper(cell, task),
-                ]
-            )
-    return table
-
-
-def _costs(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> Table:
-    table = Table(
-        "What it cost",
-        "Means over seeds. Seconds of CPU time of each stage, all threads together (on an accelerator, of the host); "
-        "examples seen in stage 2; perplexity of a general English text read by the base LM, by the trained LM without "
-        "a user, and with one.",
-        [
-            "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "evaluation, s", "LM tokens a prompt",
-            "peak memory, MB", "perplexity",
-        ],
-    )  # fmt: skip
-    for group, chosen in _grouped(experiment, cells):
-        for cell in chosen:
-            seen = [one.metrics for one in cells[cell.name]]
-            perplexity = " / ".join(
-                f"{_mean([m['knowledge'][reader]['perplexity'] for m in seen]):,.1f}"
-                for reader in ("base", "without_user", "with_users")
-            )
-            table.rows.append(
-                [
-                    f"{group}: {cell.label}",
-                    f"{_mean([sum(m['trainable'].values()) for m in seen]):,.0f}",
-                    f"{_mean([m['training']['examples'] for m in seen]):,.0f}",
-                    f"{_mean([m['training']['steps'] for m in seen]):,.0f}",
-                    *(
-                        f"{_mean([m['cpu_s'][stage] for m in seen]):,.0f}"
-                        for stage in ("pretrain", "contextualize", "evaluate")
-                    ),
-                    f"{_mean([prompt_tokens(one) for one in cells[cell.name]]):,.0f}",
-                    f"{_mean([m['peak_rss_mb'] for m in seen]):,.0f}",
-                    perplexity,
-                ]
-            )
-    return table
-
-
-def _papers(experiment: Experiment) -> list[Table]:
-    """The papers' tables that the cells or claims name."""
-    names = {place[0] for cell in experiment.cells.values() for place in cell.paper.values()}
-    tables = []
-    for name, paper in paper_tables().items():
-        if name in names:
-            about = f"{paper.title} ({paper.unit}). As published: other data, other language model, other protocol."
-            table = Table(f"Paper, {name}", about, ["", *paper.columns])
-            table.rows = [
-                [row, *("–" if v is None else f"{v:g}" for v in values)] for row, values in paper.rows.items()
-            ]
-            tables.append(table)
-    return tables
-
-
-def _grouped(experiment: Experiment, cells: dict[str, list[FinishedCell]]) -> list[tuple[str, list[Cell]]]:
-    """The finished cells by group, in the experiment's order."""
-    groups: dict[str, list[Cell]] = {}
-    for name in cells:
-        cell = experiment.cell(name)
-        groups.setdefault(cell.group, []).append(cell)
-    return list(groups.items())
-
-
-def _paper(cell: Cell, task: str) -> str:
-    if task not in cell.paper:
-        return "–"
-    table, row, column = cell.paper[task]
-    figure = paper_figure(table, row, column)
-    return "–" if figure is None else f"{figure:g} ({table}, {row})"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _value(measured: Measured | None) -> str:
-    if measured is None:
-        return "–"
-    e = measured.estimate
-    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
-
-
-def _gain(measured: Measured | None) -> str:
-    if measured is None:
-        return "–"
-    e = measured.estimate
-    return f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]"
-
-
-def _markdown(
-    experiment: Experiment,
-    scale: str,
-    facts: list[tuple[str, str]],
-    tables: Sequence[Table],
-    figures: Sequence[str],
-) -> str:
-    parts = [f"# {escape(experiment.title)}", escape(experiment.question)]
-    parts.append("\n".join(f"- {escape(name)}: {escape(value)}" for name, value in facts))
-    parts += [
-        f"![{escape(_caption(name))}](figures/{experiment.name}-{scale}-{name}.png)" for name in figures
-    ]
-    for table in tables:
-        lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-        parts += [
-            f"## {escape(table.title)}",
-            escape(table.about),
-            "\n".join(
-                "| " + " | ".join(escape(cell) if cell != "---" else cell for cell in line) + " |"
-                for line in lines
+            Section(
+                "results",
+                "Results",
+                "",
+                [*_figures(stored), tables.verdicts(stored.decided), *_tables(stored), *_texts(stored)],
             ),
-        ]
-    parts += [
-        "## How this differs from the papers",
-        "\n".join(f"- {escape(note)}" for note in experiment.notes),
-    ]
-    parts.append(
-        f"Written by `userllm experiments report {experiment.name} --scale {scale}` from the files in cells/."
+            _published("As published by the papers", [t for n, t in paper_tables().items() if n in named]),
+            Section("notes", "How this differs from the papers", "", [Notes(experiment.notes)]),
+            _READING,
+        ],
+        f"userllm experiments report {experiment.name} --scale {scale}",
     )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    file = out / f"{experiment.name}-{scale}.html"
+    write_page(page, file)
+    return file
+
+
+def write_whole_report(
+    experiments: Sequence[Experiment],
+    scale: str,
+    out: Path,
+    seeds: Sequence[int] | None = None,
+    extra: Sequence[str] = (),
+    benchmarks: Path = Path("docs/results/benchmarks"),
+) -> Path:
+    """Write OUT/report-<scale>.md and .html, all experiments on one page; returns the page.
+
+    benchmarks: folder of the efficiency measurements. Raises UserError where no cell at all is stored.
+    """
+    store = CellStore(out)
+    every = [Stored(one, scale, store, seeds, extra) for one in experiments if scale in one.scales]
+    cells = {cell.file: cell for one in every for some in one.cells.values() for cell in some}
+    if not cells:
+        raise UserError(
+            f"{store.folder}: no cell at scale {scale}; run some first (userllm experiments run NAME --scale {scale})"
+        )
+    whole = {one.hash_of(name, seed) for one in every for name in one.experiment.cells for seed in one.seeds}
+    facts = [
+        ("Scale", _SCALE[scale]),
+        ("Cells", f"{len(cells)} of {len(whole)}, some of them in several experiments"),
+        *_facts(list(cells.values())),
+    ]
+    sections = [
+        _overview(every),
+        *(_of_experiment(one) for one in every),
+        efficiency_section(benchmarks),
+        _coverage(every),
+        _published("As published by the papers", list(paper_tables().values())),
+        Section(
+            "notes",
+            "How this differs from the papers",
+            "",
+            [Notes(list(dict.fromkeys(note for one in every for note in one.experiment.notes)))],
+        ),
+        _READING,
+    ]
+    page = Page(
+        "The papers' comparisons, redone",
+        "User-LLM (arXiv 2402.13598) and UEM (arXiv 2401.04858): every table and figure that could be redone, "
+        "the papers' figures beside ours, and a verdict per claim. Unofficial; other data, another language model.",
+        facts,
+        sections,
+        f"userllm experiments report --scale {scale}",
+    )
+    file = out / f"report-{scale}.html"
+    write_page(page, file)
+    return file
+
+
+def _overview(every: Sequence[Stored]) -> Section:
+    """One row per claim; one that several experiments make is shown once, as the smallest of them words it."""
+    made: dict[tuple[object, ...], list[tuple[Stored, Decided]]] = {}
+    for one in sorted(every, key=lambda one: len(one.experiment.cells)):
+        for claim in one.decided:
+            made.setdefault(one.asks(claim), []).append((one, claim))
+    table = Table(
+        "",
+        "a - b: the paired difference with its 95 % interval. Both sides' figures stand in the experiments' sections.",
+        ["Claim", "Verdict", "a - b", "p", "seeds on its side", "users", "Source", "Experiments"],
+    )
+    counts: Counter[str] = Counter()
+    for one in every:
+        for claim in one.decided:
+            makers = made[one.asks(claim)]
+            if makers[0][0] is not one:
+                continue
+            counts[claim.verdict] += 1
+            between = claim.difference
+            sources = dict.fromkeys(source for _, same in makers for source in same.claim.sources)
+            table.rows.append(
+                [
+                    tables.claim_of(claim),
+                    tables.verdict_of(claim),
+                    tables.gain(between),
+                    tables.p_value(between),
+                    tables.agreement(claim),
+                    str(between.n) if between else NOTHING,
+                    ", ".join(sources),
+                    ", ".join(maker.experiment.name for maker, _ in makers),
+                ]
+            )
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("confirmed", "not confirmed", "not run"))
+    return Section(
+        "overview", "Verdicts", f"{counts.total()} claims: {said}.", [table.without_empty_columns()]
+    )
+
+
+def _of_experiment(one: Stored) -> Section:
+    experiment = one.experiment
+    section = Section(experiment.name, experiment.title, _question(experiment), [])
+    if not one.cells:
+        section.parts.append(Notes(["No cell of this experiment is stored."]))
+        return section
+    if missing := [name for name in experiment.cells if name not in one.cells]:
+        section.about += f" Cells not run: {', '.join(missing)}."
+    section.parts += [
+        *_figures(one, f"{experiment.name}-"),
+        tables.verdicts(one.decided),
+        *_tables(one),
+        *_texts(one),
+    ]
+    return section
+
+
+def _question(experiment: Experiment) -> str:
+    redone = ", ".join(experiment.redoes)
+    return f"{experiment.question} ({redone})" if redone else experiment.question
+
+
+def _tables(one: Stored) -> list[Table]:
+    experiment, cells = one.experiment, one.cells
+    return [
+        *(tables.results(experiment, task, cells) for task in one.tasks),
+        *(
+            table
+            for table in (tables.tokens(experiment, cells), tables.gate_table(experiment, cells))
+            if table is not None
+        ),
+        tables.costs(experiment, cells),
+    ]
+
+
+def _figures(one: Stored, before: str = "") -> list[Picture]:
+    """before: what the figures' names begin with."""
+    experiment, cells = one.experiment, one.cells
+    found = []
+    first = one.tasks[0]
+    lengths = length_figure(experiment, cells, first, tables.SHOWN[tables.kind_of(first, cells)][0])
+    if lengths is not None:
+        caption = "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
+        found.append(Picture(f"{before}lengths", caption, lengths))
+    for task in one.tasks:
+        metric = tables.SHOWN[tables.kind_of(task, cells)][0]
+        caption = (
+            f"{label(task, TASKS)}: every row's {METRICS.get(metric, metric)} with its 95 % interval, and its "
+            "difference to the reference in nats."
+        )
+        found.append(Picture(f"{before}{task}", caption, rows_figure(experiment, cells, task, metric)))
+    gated = gate_figure(cells)
+    if gated is not None:
+        caption = "Gates after training by LM layer, mean over seeds; grey: nothing is inserted there."
+        found.append(Picture(f"{before}gates", caption, gated))
+    return found
+
+
+def _texts(one: Stored) -> list[Texts]:
+    """What the reference's systems and the other cells wrote about the same first users (v1 T15)."""
+    reference = one.cells.get(one.experiment.reference)
+    shown = []
+    for task, records in (reference[0].texts if reference else {}).items():
+        for record in records[:SHOWN_USERS]:
+            texts = [("What the user wrote", record["target"])]
+            texts += [
+                (f"{label(system, SYSTEMS)}", text)
+                for system, text in record.items()
+                if system not in ("user", "prompt", "target")
+            ]
+            for name, cells in one.cells.items():
+                others = [o for o in cells[0].texts.get(task, []) if o["user"] == record["user"]]
+                if name != one.experiment.reference and others:
+                    texts.append((one.experiment.cell(name).label, others[0]["user_llm"]))
+            title = f"{label(task, TASKS)}, user {record['user']}"
+            shown.append(Texts(title, record["prompt"], texts))
+    return shown
+
+
+def _coverage(every: Sequence[Stored]) -> Section:
+    """Which table of the papers is redone where."""
+    table = Table("", "", ["Paper", "What", "Redone in"])
+    for name, paper in paper_tables().items():
+        where = [one.experiment.name for one in every if name in one.experiment.redoes]
+        reason = f"not redone: {paper.not_redone}" if paper.not_redone else "not redone"
+        table.rows.append([name, paper.title, ", ".join(where) or reason])
+    about = "Every table and figure of the papers with numbers to compare, and the experiments beside it."
+    return Section("coverage", "What is redone where", about, [table])
+
+
+def _published(title: str, chosen: Sequence[PaperTable]) -> Section:
+    """The papers' tables."""
+    about = "As published: other data, other language model, other protocol."
+    parts: list[Part] = []
+    for paper in chosen:
+        if not paper.rows:
+            continue  # texts, or a figure whose values are not at hand
+        rows = [
+            [row, *(NOTHING if v is None else f"{v:g}" for v in values)] for row, values in paper.rows.items()
+        ]
+        parts.append(
+            Table(
+                f"Paper, {paper.name}",
+                f"{paper.title} ({paper.unit}).",
+                ["", *paper.columns],
+                rows,
+                folded=True,
+            )
+        )
+    return Section("papers", title, about, parts)
+
+
+def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
+    """What was run, in words: one line for each machine, commit, data set and language model."""
+
+    def lines(name: str, values: Sequence[str]) -> list[tuple[str, str]]:
+        return [
+            (name, f"{value} ({count} of {len(cells)} cells)" if count < len(cells) else value)
+            for value, count in Counter(values).items()
+        ]
+
+    dates = sorted({cell.told["date"] for cell in cells})
+    return [
+        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))),
+        *lines("Data", [_data(cell) for cell in cells]),
+        *lines("Language model", [_lm(cell) for cell in cells]),
+        *lines("Hardware", [cell.told["hardware"] for cell in cells]),
+        *lines("Commit", [cell.told["commit"] for cell in cells]),
+        ("Date", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"),
+    ]
+
+
+def _data(cell: FinishedCell) -> str:
+    data, split = cell.metrics["dataset"], cell.metrics["split"]
+    return (
+        f"{data['name']}, {data['users']:,} users, {data['events']:,} events, {split['kind']}, {split['part']}; split "
+        f"fingerprint {split['fingerprint'][:12]}; ties: {split['tie_rule']}"
+    )
+
+
+def _lm(cell: FinishedCell) -> str:
+    lm = cell.metrics["lm"]
+    return f"{lm['name']}, {lm['parameters']:,} parameters"

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from userllm.experiments.definition import Experiment, settings_hash
 Launch = Callable[[list[str]], int]
 """Runs ``userllm`` with these arguments; returns the exit status."""
 
+SHOWN_TEXTS = 10
+"""Texts per task that a cell keeps: those of the first users."""
 _STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
 
 
@@ -96,6 +99,7 @@ class Runner:
             "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
             "stages": _json(folder / "stages.json"),
             "metrics": metrics,
+            "texts": {file.stem: _first_lines(file) for file in sorted((folder / "texts").glob("*.jsonl"))},
         }
         cell = self.store.store(name, told, folder / "per_user.parquet")
         if not self.keep:
@@ -122,6 +126,11 @@ class Runner:
         text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
         file.write_text(text, encoding="utf-8")
         return self.launch([command, str(file), "--runs", str(self.runs)])
+
+
+def _first_lines(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, SHOWN_TEXTS)]
 
 
 def _json(file: Path) -> dict[str, Any]:

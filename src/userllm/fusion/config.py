@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from userllm.errors import UserError
@@ -48,6 +48,12 @@ class FusionConfig:
     def has_prefix(self) -> bool:
         """Whether something that depends on the user stands before the prompt."""
         return self.kind == "soft_prompt" or self.text.events > 0
+
+    @property
+    def block(self) -> CrossAttentionConfig:
+        """The shape of a cross-attention block. Latents of a Perceiver have no age."""
+        shape = self.cross_attention
+        return shape if self.perceiver is None else replace(shape, recency=False)
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from userllm.fusion.perceiver import Perceiver, PerceiverConfig
 from userllm.fusion.soft_prompt import projection
+
+if TYPE_CHECKING:
+    from userllm.fusion.config import FusionConfig
 
 
 class UserTokens(nn.Module):
@@ -32,6 +35,17 @@ class UserTokens(nn.Module):
         nn.init.normal_(self.recency.weight, std=0.02)
         self.perceiver = Perceiver(perceiver, width) if perceiver is not None else None
         self.mlp = projection("mlp", width, width) if between == "mlp" else None
+
+    @classmethod
+    def of(cls, fusion: FusionConfig, width: int) -> UserTokens:
+        """Those of a fusion, for user embeddings of a width."""
+        between = fusion.projection if fusion.kind == "cross_attention" else "linear"
+        return cls(width, fusion.events, fusion.perceiver, between)
+
+    @property
+    def cheap(self) -> bool:
+        """Whether tokens are hardly more than the embeddings themselves: not worth keeping beside them."""
+        return self.perceiver is None and self.mlp is None
 
     def forward(self, embeddings: Tensor, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """embeddings [B, S, U]; for each of E examples its row in B and how many events it may see, both [E].

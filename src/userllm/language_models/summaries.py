@@ -78,6 +78,8 @@ class Summarizer:
 
     def _key(self, text: str) -> str:
         told = [self.sha256, self.lm.dtype, self.instruction, self.new_tokens, text]
+        if self.lm.products != "float32":
+            told.append(self.lm.products)
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @torch.no_grad()

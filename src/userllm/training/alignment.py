@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -79,7 +80,8 @@ class Alignment(nn.Module):
             examples.histories.to(device), examples.rows[mine].to(device), examples.ends[mine].to(device)
         )
         scores = F.normalize(self._shown(users.tokens, users.mask), dim=-1) @ self.titles.T / self.temperature
-        loss = F.cross_entropy(scores, examples.answers[mine].to(device))
+        loss = F.cross_entropy(scores, examples.answers[mine].to(device), reduction="sum")
+        loss = loss / processes.share(len(mine))
         return {"loss": loss, "alignment": loss}
 
     def _shown(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -126,4 +128,5 @@ def align(
     )
     history = trainer.run()
     save_trainable(step, done)
+    processes.wait()
     return history

@@ -1,7 +1,8 @@
 """Training for a given time instead of a number of steps, so that unlike models can be compared at equal cost.
 
 The clock counts the process's CPU seconds, all threads together, where the model is on a CPU: a busy machine does not
-shorten a training. On an accelerator it counts wall-clock seconds. The learning rate follows the share of the time that
+shorten a training, and several processes use it up together. On an accelerator it counts wall-clock seconds, the main
+process's. The learning rate follows the share of the time that
 is used. A resumed training goes on from the seconds its checkpoint had used. Its batches are the same, but how many of
 them fit depends on the machine: unlike a training by steps, two of these are not equal bit for bit.
 """
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from userllm import processes
+
 MAX_STEPS = 10**9
 """Steps a Trainer is told where time is what ends the training."""
 
@@ -29,12 +32,18 @@ class Budget(TrainerCallback):
     def __init__(self, seconds: float, warmup: float, device: torch.device):
         self.seconds = seconds
         self.warmup = warmup
-        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
+        self._counts_cpu = device.type == "cpu"
+        self._clock = time.process_time if self._counts_cpu else time.perf_counter
         self._began = self._clock()
+        self._agreed = self._before = 0.0
 
     @property
     def used(self) -> float:
-        """Seconds used so far, those before an interruption included."""
+        """Seconds used so far, those before an interruption included; of several processes as of their last step."""
+        return self._before + (self._here if processes.count() == 1 else self._agreed)
+
+    @property
+    def _here(self) -> float:
         return self._clock() - self._began
 
     @property
@@ -55,7 +64,16 @@ class Budget(TrainerCallback):
 
     def resume(self, folder: Path) -> None:
         """Go on from the seconds of a checkpoint."""
-        self._began -= json.loads((folder / _FILE).read_text())["used"]
+        self._before = json.loads((folder / _FILE).read_text())["used"]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Agree on the time, so that rate and end are the same in all processes."""
+        if processes.count() > 1:
+            self._agreed = (
+                processes.total(self._here) if self._counts_cpu else processes.told(lambda: self._here)
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

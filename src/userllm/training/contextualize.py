@@ -17,17 +17,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
+from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.training.alignment import AlignmentConfig, align
 from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.examples import ExampleBatches, Examples
+from userllm.training.sharding import units_of
 from userllm.training.strategy import StrategyConfig
-from userllm.training.trainer import OptimizationConfig, StageTrainer, training_arguments
+from userllm.training.trainer import (
+    OptimizationConfig,
+    StageTrainer,
+    load_trainable,
+    save_trainable,
+    training_arguments,
+)
+
+_TRAINED = "trained.safetensors"
 
 
 @dataclass
@@ -64,14 +75,17 @@ class ContextualizeConfig:
 class ContextualizedLosses(nn.Module):
     """The model as the Trainer sees it: examples in, losses out.
 
-    ``loss`` is the mean over examples of the answer's negative log-likelihood in nats, mixed with the teacher's
-    cross-entropy where a task asks for one; of a text in nats per token, the mean over the batch's tokens (ours: a long
-    text would outweigh a title fifty times). ``<task>_nll`` is the plain negative log-likelihood, likewise.
+    ``loss`` is the mean over the batch's examples of the answer's negative log-likelihood in nats, mixed with the
+    teacher's cross-entropy where a task asks for one; of a text in nats per token, the mean over the batch's tokens
+    (ours: a long text would outweigh a title fifty times). ``<task>_nll`` is the plain negative log-likelihood,
+    likewise. sharded: the weights are spread over processes, which then have to call the LM equally often: once per
+    task, be there an example of it or not.
     """
 
-    def __init__(self, model: UserLLM):
+    def __init__(self, model: UserLLM, sharded: bool = False):
         super().__init__()
         self.model = model
+        self.sharded = sharded
         teaches = any(task.config.teacher > 0 for task in model.tasks.values())
         # kept out of the module tree: the teacher is a constant
         self._teacher = [copy.deepcopy(model.encoder).eval().requires_grad_(False)] if teaches else []
@@ -79,32 +93,55 @@ class ContextualizedLosses(nn.Module):
     def forward(self, examples: Examples) -> dict[str, Tensor]:
         """See the class."""
         device = self.model.lm.device
+        if self.sharded:
+            examples = examples.with_stand_ins()
+            if self.model.lm_is_frozen:  # here its weights can be had
+                self.model.store_lower_states()
         histories = examples.histories.to(device)
         users = self.model.context(histories, examples.rows.to(device), examples.ends.to(device))
-        some = next(weight for weight in self.model.parameters() if weight.requires_grad)
-        total, parts = 0 * some.sum(), {}  # no example of a batch may have a right answer
+        total, parts = self._zero(), {}  # no example of a batch may have a right answer
+        real = len(examples.task) - examples.stand_ins
+        counts = torch.bincount(examples.task[:real], minlength=len(examples.tasks)).tolist()
+        of_batch, *of_task = processes.batch_totals([real, *counts])
         for number, name in enumerate(examples.tasks):
             mine = torch.nonzero(examples.task == number)[:, 0].to(device)
-            if len(mine) == 0:
+            if of_task[number] == 0 and not self.sharded:
                 continue
+            counted = float(counts[number] > 0)  # what follows may be of a stand-in
             if name in self.model.open_tasks:
-                loss = nll = self._text_loss(name, examples, mine, users.select(mine))
+                nats, tokens = self._text_losses(name, examples, mine, users)
+                mean = counted * nats.sum() / processes.share(int(counted * tokens.sum()))
+                loss, shares = mean.expand(of_task[number]), 1
+                nll = loss
             else:
                 answers, mix = examples.answers.to(device)[mine], self.model.tasks[name].config.teacher
                 teacher = self._teach(histories, examples, mine) if mix > 0 else None
-                nll, taught = self.model.answer_losses(name, answers, users.select(mine), teacher)
+                nll, taught = self.model.answer_losses(
+                    name, answers, users.select(mine), teacher, together=self.sharded
+                )
                 loss = nll if taught is None else (1 - mix) * nll + mix * taught
-            parts[f"{name}_nll"] = nll.detach().mean()
-            total = total + loss.sum() / len(examples.task)
+                nll, loss, shares = counted * nll, counted * loss, processes.shares()
+            if of_task[number] > 0:
+                parts[f"{name}_nll"] = nll.detach().sum() * shares / of_task[number]
+            total = total + loss.sum() * shares / max(of_batch, 1)
         return {"loss": total, **parts}
 
-    def _text_loss(self, name: str, examples: Examples, mine: Tensor, users: UserContext) -> Tensor:
-        """Nats per token of the texts ``mine`` [n], once for each text: [n]."""
+    def _zero(self) -> Tensor:
+        """A loss of nothing, with a gradient."""
+        if self.sharded:  # a weight would have to be gathered first
+            return torch.zeros((), device=self.model.lm.device, requires_grad=True)
+        return 0 * next(weight for weight in self.model.parameters() if weight.requires_grad).sum()
+
+    def _text_losses(
+        self, name: str, examples: Examples, mine: Tensor, users: UserContext
+    ) -> tuple[Tensor, Tensor]:
+        """Nats and tokens [n] of the texts ``mine`` [n]."""
         asked = [text for place in mine.tolist() if (text := examples.texts[place]) is not None]
+        if not asked:
+            return torch.zeros(1, device=mine.device), torch.zeros(1, dtype=torch.long)
         prompts, targets = [text.prompt for text in asked], [text.target for text in asked]
         most = self.model.tasks[name].config.target_tokens
-        nll, tokens = self.model.text_losses(prompts, targets, users, most)
-        return (nll.sum() / tokens.sum()).expand(len(mine))
+        return self.model.text_losses(prompts, targets, users.select(mine), most)
 
     @torch.no_grad()
     def _teach(self, histories: HistoryBatch, examples: Examples, mine: Tensor) -> Tensor:
@@ -123,17 +160,25 @@ def contextualize(
     seed: int,
     evaluator: Callable[[], dict[str, float]] | None = None,
     eval_every: int | None = None,
+    fsdp: bool = False,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, its strategy applied before; resumes from ``folder``. Returns the log history.
 
+    fsdp: train sharded over the processes; the model's weights are then shares, and ``load_trained`` puts what was
+    trained into another one. The alignment is not sharded, nor is an evaluation possible. Raises UserError for
+    ``attend="answer"`` where the LM learns.
     The teacher is the encoder as it comes in, before any alignment. ``folder``/training.json tells steps and examples.
     """
+    if fsdp and model.reads_ahead and not model.lm_is_frozen:
+        raise UserError(
+            'FSDP does not see the gradient of a prompt that is read ahead: train the LM with fusion.attend "text"'
+        )
     steps = config.steps if config.seconds is None else MAX_STEPS
     arguments = training_arguments(folder, config.optimization, steps, seed, eval_every)
     budget = None
     if config.seconds is not None:
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
-    losses = ContextualizedLosses(model)
+    losses = ContextualizedLosses(model, sharded=fsdp)
     if config.alignment is not None:
         align(model, dataset, split, stored, config.alignment, folder / "alignment", seed)
     trainer = StageTrainer(
@@ -149,13 +194,24 @@ def contextualize(
             "model.lm.": config.lm_rate,
         },
         budget=budget,
+        units=units_of(model) if fsdp else None,
     )
-    if model.lm_is_frozen:  # after the Trainer has put the model on its device
+    if fsdp:  # shares of the weights went to their devices, one by one
+        model.follow_lm()
+    elif model.lm_is_frozen:  # after the Trainer has put the model on its device
         model.store_lower_states()
     history = trainer.run()
+    if fsdp:
+        save_trainable(losses, folder / _TRAINED)
     done = trainer.state.global_step
     examples = done * config.histories * config.examples_per_history
     facts = {"steps": done, "examples": examples, "seconds": None if budget is None else budget.used}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps(facts) + "\n")
+    if processes.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "training.json").write_text(json.dumps(facts) + "\n")
     return history
+
+
+def load_trained(model: UserLLM, folder: Path) -> None:
+    """Put what a sharded training in ``folder`` ended with into a model as that training began with."""
+    load_trainable(ContextualizedLosses(model), folder / _TRAINED)

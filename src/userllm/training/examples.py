@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from userllm import processes
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -30,7 +31,8 @@ class ExampleCounts(Protocol):
 class Examples:
     """E examples over B histories: which history, how many of its events count, the task, the answer; all [E].
 
-    answers: of closed tasks, -1 elsewhere. texts: of open tasks, None elsewhere.
+    answers: of closed tasks, -1 elsewhere. texts: of open tasks, None elsewhere. The last ``stand_ins`` examples count
+    for nothing.
     """
 
     histories: HistoryBatch
@@ -40,6 +42,25 @@ class Examples:
     task: Tensor
     answers: Tensor
     texts: list[TextExample | None]
+    stand_ins: int = 0
+
+    def with_stand_ins(self) -> Examples:
+        """The same, and a made-up example of each task that has none."""
+        missing = [number for number in range(len(self.tasks)) if not bool((self.task == number).any())]
+
+        def more(known: Tensor, value: int | list[int]) -> Tensor:
+            new = value if isinstance(value, list) else [value] * len(missing)
+            return torch.cat([known, torch.tensor(new, dtype=known.dtype)])
+
+        return replace(
+            self,
+            rows=more(self.rows, 0),
+            ends=more(self.ends, 1),
+            task=more(self.task, missing),
+            answers=more(self.answers, 0),
+            texts=self.texts + [TextExample("?", "?")] * len(missing),
+            stand_ins=len(missing),
+        )
 
 
 class ExampleBatches(StepBatches):
@@ -99,19 +120,25 @@ class ExampleBatches(StepBatches):
             tasks += list(rng.choice(len(names), size=len(targets), p=weights / weights.sum()))
         row_of, end_of = np.array(rows), np.array(ends)
         user_of, task_of = np.array(users), np.array(tasks)
+        # every process draws the whole batch, so that its own share does not depend on how many there are
+        own = np.array(processes.own_places(len(spans)), dtype=np.int64)
+        mine = np.isin(row_of, own)
+        end_of, user_of, task_of = end_of[mine], user_of[mine], task_of[mine]
+        row_of = np.searchsorted(own, row_of[mine])
+        spans = [spans[place] for place in own] or spans[:1]  # more processes than users: no examples, then
         begins = np.array([begin for _, begin, _ in spans])
         seen = np.minimum(end_of - begins[row_of], self.window)
         answers = np.full(len(row_of), -1)
         texts: list[TextExample | None] = [None] * len(row_of)
         for number, name in enumerate(names):
-            mine = np.flatnonzero(task_of == number)
-            asked, case = self.model_tasks[name], (user_of[mine], end_of[mine], seen[mine])
+            its = np.flatnonzero(task_of == number)
+            asked, case = self.model_tasks[name], (user_of[its], end_of[its], seen[its])
             if isinstance(asked, ClosedTask):
-                answers[mine] = asked.targets(self.dataset, *case)
+                answers[its] = asked.targets(self.dataset, *case)
             elif isinstance(asked, OpenTask):
-                for place, text in zip(mine, asked.examples(self.dataset, *case), strict=True):
+                for place, text in zip(its, asked.examples(self.dataset, *case), strict=True):
                     texts[place] = text
-        keep = (answers >= 0) | np.array([text is not None for text in texts])
+        keep = (answers >= 0) | np.array([text is not None for text in texts], dtype=bool)
         examples = Examples(
             histories=self.stored.batch(spans),
             rows=torch.from_numpy(row_of[keep]),

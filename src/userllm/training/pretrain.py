@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from userllm import processes
 from userllm.data.batches import BatchConfig, LengthBucketSampler, TrainingSequences
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
@@ -91,7 +92,12 @@ class PretrainBatches(StepBatches):
         if epoch != self._epoch:
             self.sampler.set_epoch(epoch)
             self._epoch, self._order = epoch, self.sampler.order()
-        return dict(self.stored.next_events(self.sampler.sequences.rows[self._order[place]]))
+        rows = self.sampler.sequences.rows[self._order[place]]
+        own = rows[processes.own_places(len(rows))]
+        if len(own) == 0:  # more processes than chunks: one of a single event, which has no target
+            own = rows[:1].copy()
+            own[:, 2] = own[:, 1] + 1
+        return dict(self.stored.next_events(own))
 
 
 class NextEventLosses(nn.Module):
@@ -115,9 +121,11 @@ def pretrain(
     config: PretrainConfig,
     folder: Path,
     seed: int,
+    fsdp: bool = False,
 ) -> list[dict[str, float]]:
     """Train ``encoder`` in place and leave it with its best weights; resumes from ``folder``. Returns the log history.
 
+    fsdp: train sharded over the processes; the encoder's weights are then shares (``sharding.whole``).
     Where the split has no validation events the last weights are kept. An encoder that cannot rank the catalogue is
     judged by the log-likelihood of what it predicts.
     """
@@ -143,12 +151,13 @@ def pretrain(
     budget = None
     if config.seconds is not None:
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
-    trainer = StageTrainer(model, arguments, batches, validate, budget=budget)
+    trainer = StageTrainer(model, arguments, batches, validate, budget=budget, units=[] if fsdp else None)
     if every is not None:
         trainer.add_callback(
             KeepBest(model, folder, f"eval_{_selected_by(config, encoder)}", config.patience)
         )
     history = trainer.run()
+    processes.wait()
     if (folder / "best.safetensors").exists():
         load_trainable(model, folder / "best.safetensors")
     return history
@@ -186,13 +195,17 @@ def next_event_log_likelihood(
     device = next(encoder.parameters()).device
     was_training = encoder.training
     encoder.eval()
-    total = 0.0
-    for start in range(0, len(rows), batch):
+
+    def of_batch(start: int) -> float:
         part = rows[start : start + batch]
         inputs, targets = stored.batch(part), stored.batch(part + np.array([0, 1, 1]))
         last = targets.mask & (targets.mask.cumsum(1) == targets.lengths[:, None])
         targets = HistoryBatch(targets.fields, last)
         losses = encoder.next_event_losses(inputs.to(device), targets.to(device))
-        total -= float(losses["loss"]) * len(part)
+        return -float(losses["loss"]) * len(part)
+
+    total = 0.0
+    for nats in processes.spread(range(0, len(rows), batch), of_batch):
+        total += nats
     encoder.train(was_training)
     return total / max(len(rows), 1)

@@ -7,10 +7,10 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from userllm import processes
+from userllm.errors import UserError
 from userllm.training.budget import Budget
+from userllm.training.sharding import (
+    gathered,
+    is_sharded,
+    keep_whole_states,
+    kept,
+    shard,
+    share_like,
+    whole,
+)
 
 __all__ = ["KeepBest", "OptimizationConfig", "StageTrainer", "StepBatches", "set_seed", "training_arguments"]
 
@@ -26,12 +37,15 @@ COMPLETE = "complete"
 """Marker written into a checkpoint folder after everything else: a folder without it was cut off and is not used."""
 
 TRAIN_CPU = "eval_train_cpu_s"
-"""CPU seconds of training, evaluations left out, up to an evaluation. What a killed process did after its last
-evaluation does not count."""
+"""CPU seconds of training in all processes, evaluations left out, up to an evaluation. What a killed process did after
+its last evaluation does not count."""
 
 
 class StepBatches(ABC, Dataset[Any]):
-    """Training batches, each a pure function of (seed, step): a resumed run sees what an uninterrupted one saw."""
+    """Training batches, each a pure function of (seed, step): a resumed run sees what an uninterrupted one saw.
+
+    Of several processes (``userllm.processes``) each gets its share of the same batch; the shares may differ in size.
+    """
 
     start = 0
 
@@ -40,7 +54,7 @@ class StepBatches(ABC, Dataset[Any]):
 
     @abstractmethod
     def batch(self, step: int) -> dict[str, Any]:
-        """The batch of one step, as keyword arguments of the model."""
+        """This process's share of the batch of one step, as keyword arguments of the model."""
 
     def __len__(self) -> int:
         return self.steps
@@ -53,8 +67,11 @@ class StepBatches(ABC, Dataset[Any]):
 class OptimizationConfig:
     """Optimiser and schedule of one stage (User-LLM v1 Table 9 gives rate, batch and steps; the optimiser is ours)."""
 
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """"adafactor": T5's own, whose steps are a share of each weight matrix's own size. T5's embeddings are of size 13,
+    its other weights of .05 to 2: no one rate of AdamW suits them and what is projected among them."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.0
     """Decay of matrices; vectors and scalars are never decayed."""
     warmup: float = 0.1
@@ -70,8 +87,10 @@ class OptimizationConfig:
 class StageTrainer(Trainer):
     """A Trainer whose model returns a dict of losses and whose checkpoints hold trainable weights only.
 
+    With several processes, losses are such that their mean over the processes is the batch's (``processes.share``).
     rates: factor on the learning rate by a part of the weight's name; the first match counts.
     evaluator: called without arguments, returns metrics by name. budget: ends the training, and sets its rate, by time.
+    units: parts of the model, for training it sharded (see ``sharding``); afterwards it still is.
     """
 
     def __init__(
@@ -82,8 +101,13 @@ class StageTrainer(Trainer):
         evaluator: Callable[[], dict[str, float]] | None = None,
         rates: Mapping[str, float] | None = None,
         budget: Budget | None = None,
+        units: Sequence[nn.Module] | None = None,
     ):
+        if units is not None:
+            model.is_parallelizable = model.model_parallel = True  # type: ignore[assignment] # not to be moved as a whole
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
+        if units is not None:
+            shard(model, units)
         self.batches = batches
         self.evaluator = evaluator
         self.rates = dict(rates or {})
@@ -105,7 +129,8 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        losses: dict[str, Tensor] = model(**inputs)
+        with processes.one_batch():
+            losses: dict[str, Tensor] = model(**inputs)
         for name, value in losses.items():
             if name != "loss":
                 self._parts.setdefault(name, []).append(float(value.detach()))
@@ -113,7 +138,8 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            logs.update({name: sum(values) / len(values) for name, values in self._parts.items()})
+            means = {name: sum(values) / len(values) for name, values in self._parts.items()}
+            logs.update({name: processes.total(mean) / processes.count() for name, mean in means.items()})
             self._parts.clear()
         # also after resuming: a share of the training
         self.state.epoch = (
@@ -128,18 +154,25 @@ class StageTrainer(Trainer):
                 if weight.requires_grad:
                     rate = next((f for key, f in self.rates.items() if key in name), 1.0)
                     groups.setdefault((rate, weight.ndim > 1), []).append(weight)
-            self.optimizer = torch.optim.AdamW(
-                [
-                    {
-                        "params": weights,
-                        "lr": self.args.learning_rate * rate,
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for (rate, decays), weights in groups.items()
-                ],
-                betas=(0.9, 0.98),
-                fused=True,
-            )
+            options: list[dict[str, Any]] = [
+                {
+                    "params": weights,
+                    "lr": self.args.learning_rate * rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (rate, decays), weights in groups.items()
+            ]
+            sharded = is_sharded(self.model)  # type: ignore[arg-type]
+            if self.args.optim == "adamw_torch":
+                self.optimizer = torch.optim.AdamW(options, betas=(0.9, 0.98), fused=True)
+            elif sharded:
+                raise UserError(
+                    "optimization.optimizer: adafactor needs whole weights; use adamw where they are sharded"
+                )
+            else:
+                self.optimizer = torch.optim.Adafactor(options)
+            if sharded:
+                keep_whole_states(self.optimizer)
         return self.optimizer
 
     def create_scheduler(
@@ -157,9 +190,10 @@ class StageTrainer(Trainer):
             return {}
         assert self.model is not None
         earlier = [entry[TRAIN_CPU] for entry in self.state.log_history if TRAIN_CPU in entry]
-        spent = max(earlier, default=0.0) + time.process_time() - self._clock
+        spent = max(earlier, default=0.0) + processes.total(time.process_time() - self._clock)
         self.model.eval()
-        metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
+        with gathered(self.model):
+            metrics = {f"eval_{name}": value for name, value in self.evaluator().items()}
         metrics[TRAIN_CPU] = spent
         self.model.train()
         self._clock = time.process_time()
@@ -171,15 +205,24 @@ class StageTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_trainable(self.model, folder / "trainable.safetensors")  # type: ignore[arg-type]
-        if self.budget is not None:
+        if self.budget is not None and processes.is_main():
             self.budget.save(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model) and not self.args.should_save:  # type: ignore[arg-type]
+            self.optimizer.state_dict()  # type: ignore[union-attr] # the main process asks for everybody's share
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(model or self.model, Path(resume_from_checkpoint) / "trainable.safetensors")  # type: ignore[arg-type]
 
     def run(self) -> list[dict[str, float]]:
         """Train from the last complete checkpoint, if there is one; returns the log history."""
-        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        checkpoint = processes.told(lambda: last_checkpoint(Path(str(self.args.output_dir))))
+        if (
+            not processes.is_main()
+        ):  # dropout and samples of its own; the main process draws as a single one does
+            set_seed(self.args.seed + processes.number())
         if checkpoint is not None:
             self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
             if self.budget is not None:
@@ -227,7 +270,9 @@ class _MarkComplete(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        processes.wait()  # each keeps the state of its random numbers there
+        if processes.is_main():
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -242,8 +287,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def save_trainable(model: nn.Module, file: Path) -> None:
-    """Write the trainable weights by name, atomically."""
-    weights = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """Write the trainable weights by name, atomically; all processes call it, the main one writes."""
+    weights = {n: kept(whole(p.detach())) for n, p in model.named_parameters() if p.requires_grad}
+    if not processes.is_main():
+        return
     temporary = file.with_suffix(".partial")
     save_file(weights, temporary)
     os.replace(temporary, file)
@@ -252,12 +299,14 @@ def save_trainable(model: nn.Module, file: Path) -> None:
 def load_trainable(model: nn.Module, file: Path) -> None:
     """Read back what ``save_trainable`` wrote."""
     weights = load_file(file)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    if trainable != set(weights):
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trainable.keys() != weights.keys():
         raise RuntimeError(
             f"{file} holds other weights than this model trains: was the configuration changed?"
         )
-    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, weight in trainable.items():
+            weight.copy_(share_like(weights[name], weight))
 
 
 def training_arguments(
@@ -265,7 +314,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """TrainingArguments shared by both stages."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard" / folder.name)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         learning_rate=config.learning_rate,
@@ -285,6 +334,12 @@ def training_arguments(
         ignore_data_skip=True,
         dataloader_num_workers=0,
         disable_tqdm=not os.isatty(2),
-        optim="adamw_torch",
+        optim="adafactor" if config.optimizer == "adafactor" else "adamw_torch",
         bf16=False,
+        # the launchers' sign that several CPUs are meant; one process takes what there is
+        use_cpu=processes.count() > 1 and not torch.accelerator.is_available(),
+        ddp_broadcast_buffers=False,  # ours are constants, tables of texts among them
     )
+    if arguments.n_gpu > 1:  # one process uses one accelerator; for more there are launchers
+        arguments._n_gpu = 1
+    return arguments

@@ -34,7 +34,8 @@ class Unreachable(Exception):
 
 def announce(message: str) -> None:
     """Tell the person at the terminal where a file comes from (stderr, so that stdout stays for results)."""
-    print(message, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes (torchrun sets it) one will do
+        print(message, file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:
