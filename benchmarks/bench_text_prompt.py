@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from measure import alternate, argument_parser, ratio, write_result
+from measure import alternate, argument_parser, flop_counter, ratio, write_result
 from userllm.cli.configuration import load_config
 from userllm.model import UserLLM
 from userllm.pipeline import Run
@@ -95,7 +94,7 @@ class Way:
     def flops(self, what: Callable[[], float]) -> float:
         """FLOPs per example of one call, by torch's counter."""
         what()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             units = what()
         return counter.get_total_flops() / units
 

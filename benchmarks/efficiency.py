@@ -34,7 +34,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficiency_figure import draw
-from measure import argument_parser, write_result
+from measure import argument_parser, flop_counter, write_result
 from userllm.cli.configuration import load_config
 from userllm.contextual import ContextualLM
 from userllm.encoders import AutoregressiveConfig
@@ -154,22 +154,19 @@ class Way:
 
     def count(self, name: str, what: Callable[[], Any]) -> Any:
         """FLOPs of one call, by torch's counter."""
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             result = self.attached(what)
         self.flops[name] = float(counter.get_total_flops())
         return result
 
     def count_parts(self) -> None:
-        """FLOPs of the user alone, and of the language model alone on as many tokens as it reads."""
+        """FLOPs of the user alone, and of the language model alone on as many tokens as it reads, from shapes."""
         with torch.no_grad():
             users = self.count("user", self.context)
-            self.lm_tokens = len(self.model.question("ask"))
-            if users.prefix is not None:
-                self.lm_tokens += int(users.prefix.mask.sum()) - len(self.model.opening)
-            text = torch.zeros(1, self.lm_tokens, self.lm.config.hidden_size)
-            with FlopCounterMode(display=False) as counter:
-                self.lm.get_decoder()(inputs_embeds=text, use_cache=False)
-        self.flops["lm"] = float(counter.get_total_flops())
+        self.lm_tokens = len(self.model.question("ask"))
+        if users.prefix is not None:
+            self.lm_tokens += int(users.prefix.mask.sum()) - len(self.model.opening)
+        self.flops["lm"] = flops_from_shapes(self.lm, self.lm_tokens)
 
     def lift(self, name: str, what: Callable[[], Any]) -> None:
         """How far a call lifts the resident memory at most, in MiB."""
@@ -178,11 +175,13 @@ class Way:
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-            before = _status("VmRSS")
-            self.attached(what)
-            self.peak[name] = (_status("VmHWM") - before) / 1024
         except OSError as error:
             print(f"peak memory cannot be had here: {error}")
+            what()
+            return
+        before = _status("VmRSS")
+        what()
+        self.peak[name] = (_status("VmHWM") - before) / 1024
 
 
 def _status(key: str) -> int:
@@ -191,26 +190,25 @@ def _status(key: str) -> int:
     return int(found[1])
 
 
-def training_flops_from_shapes(lm: Any, tokens: int) -> float:
-    """FLOPs of forward and backward of the language model's layers over so many tokens, on torch's meta device."""
+def flops_from_shapes(lm: Any, tokens: int, backward: bool = False) -> float:
+    """FLOPs of the language model's layers over so many tokens, on torch's meta device: nothing is computed."""
     with torch.device("meta"):
         shapes = type(lm)(lm.config)
         text = torch.zeros(1, tokens, lm.config.hidden_size, requires_grad=True)
         mask = torch.zeros(1, 1, tokens, tokens)  # given, so that none is made from values that are not there
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
             hidden = shapes.get_decoder()(inputs_embeds=text, attention_mask=mask, use_cache=False)
-            hidden.last_hidden_state.sum().backward()
+            if backward:
+                hidden.last_hidden_state.sum().backward()
     return float(counter.get_total_flops())
 
 
 def measure(way: Way, args: Any) -> None:
-    """What is measured once: FLOPs and memory. The call that is counted also warms up."""
+    """What is measured once: FLOPs and memory, of the same call, which also warms up."""
     way.count_parts()
-    way.count("first_token", lambda: way.answer(1))
-    way.lift("answer", way.answer)
+    way.lift("answer", lambda: way.count("first_token", lambda: way.answer(1)))
     if way.record is None and way.lm_tokens <= args.train_tokens:
-        way.count("training_step", way.train)
-        way.lift("training_step", way.train)
+        way.lift("training_step", lambda: way.count("training_step", way.train))
 
 
 def rounds(ways: list[Way], args: Any) -> None:
@@ -235,7 +233,7 @@ def told(way: Way, parameters: int, lm: Any) -> dict[str, Any]:
         "rounds": {k: len(v) for k, v in way.seconds.items() if not k.endswith("_wall")},
         "all_cpu_s": {k: v for k, v in way.seconds.items() if not k.endswith("_wall")},
         "flops": way.flops,
-        "flops_from_shapes": {"training_step": training_flops_from_shapes(lm, way.lm_tokens + 8)}
+        "flops_from_shapes": {"training_step": flops_from_shapes(lm, way.lm_tokens + 8, True)}
         if way.record is None
         else {},
         "formula": {
@@ -251,7 +249,7 @@ def main() -> None:
     """See the module."""
     parser = argument_parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--seconds",
         type=float,

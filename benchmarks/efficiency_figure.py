@@ -29,12 +29,12 @@ LABELS = {
 def draw(result: dict[str, Any], file: Path) -> None:
     """Six panels: tokens, first token, each further one, training step, FLOPs, memory."""
     panels: dict[str, Any] = {
-        "LM tokens before the answer": lambda c: c["lm_tokens"],
+        "LM tokens": lambda c: c["lm_tokens"],
         "first token, CPU s": lambda c: c["cpu_s"]["first_token"],
         "each further token, CPU s": lambda c: c["cpu_s"]["per_token"],
         "training step, CPU s": lambda c: c["cpu_s"].get("training_step"),
         "GFLOP to the first token": lambda c: c["flops"]["first_token"] / 1e9,
-        "peak memory above the model's, answering, MiB": lambda c: c["peak_mib"]["answer"],
+        "peak memory, answering, MiB": lambda c: c["peak_mib"]["answer"],
     }
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.6), layout="constrained")
@@ -47,9 +47,10 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 if points:
                     axis.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)
             axis.set(xscale="log", yscale="log")
-            axis.set_title(title, fontsize=11, loc="left")
+            axis.set_title(title, fontsize=12, loc="left")
             axis.set_xticks(result["lengths"], [str(n) for n in result["lengths"]])
             axis.minorticks_off()
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
             axis.set_xlabel("events of the history")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
 from userllm.pipeline import commit, hardware
 
 
@@ -31,7 +34,8 @@ def alternate(
     ways: dict[str, Callable[[], float]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Runs every way once per round, after one round of warm-up. A way returns how many units of work it did; the
-    result is units per second by way and round, by ``clock``."""
+    result is units per second by way and round. clock: ``time.process_time`` for CPU seconds, which other work on the
+    machine does not lengthen."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -48,6 +52,21 @@ def ratio(rates: dict[str, list[float]], a: str, b: str) -> dict[str, float]:
     """Rate of ``a`` over rate of ``b``: median, smallest and largest over the rounds."""
     ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of FLOPs, which by itself sees no attention on a CPU. Attention counts in full, masked or not."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def attention_backward(_grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        # scores anew, and the gradients of the scores, queries, keys and values: five products to the forward's two
+        return 5 * sdpa_flop_count(q, k, v) // 2
+
+    return FlopCounterMode(display=False, custom_mapping={forward: attention, backward: attention_backward})
 
 
 def write_result(name: str, result: dict[str, Any], out: Path) -> None:

@@ -10,10 +10,20 @@ import yaml
 from userllm.errors import UserError
 
 
+class _Loader(yaml.SafeLoader):
+    """Dates are text: every setting that is a date is one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(file: Path, called: str = "file") -> Any:
     """What a YAML file says. Raises UserError where there is no such file, or it is no YAML."""
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except OSError as error:
         raise UserError(f"{file}: no such {called} ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -26,7 +36,7 @@ def override(base: dict[str, Any], text: str) -> None:
     if not equals or not all(path.split(".")):
         raise UserError(f"override {text!r} is not of the form a.b=c")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: the value is not YAML; quote it") from error
     *parents, last = path.split(".")

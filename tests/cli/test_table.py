@@ -61,6 +61,14 @@ def test_flags_and_yaml_say_the_same(userllm, folder):
     assert "Item 1  [a, b]" in said.out
 
 
+def test_a_date_in_yaml_is_text(userllm, folder):
+    spec = yaml.safe_dump(SPEC) + "after: 1970-01-01\nbefore: 1970-01-01T00:00:24\n"
+    (folder / "spec.yaml").write_text(spec)
+    said = userllm("data", "prepare", "table", "--spec", "spec.yaml", cwd=folder)
+    assert said.code == 0, said.err
+    assert "24 read = 16 kept + 0 rejected + 8 filtered" in said.out
+
+
 def test_append(userllm, folder):
     assert (
         userllm("data", "prepare", "table", *FLAGS[2:], "--path", "log0.csv", "--out", "d", cwd=folder).code

@@ -13,6 +13,7 @@ from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.serving import embed as embedding
+from userllm.serving import store as on_disk
 from userllm.serving.embed import DatasetUsers, check_current, embed, store_card
 from userllm.serving.export import export_embeddings
 from userllm.serving.store import UserStore
@@ -25,13 +26,15 @@ def stored(model, dataset, folder, users=None, progress=lambda done, of: None, *
     """The store and what became of the users."""
     source = DatasetUsers(UserSide.of(model), dataset)
     store = UserStore.open(folder, store_card(source.side, dataset, **keep))
-    return store, embed(source, store, users, progress)
+    told = embed(source, store, users, progress)
+    store.compact()
+    return store, told
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Five users to a file."""
-    monkeypatch.setattr(embedding, "BLOCK_USERS", 5)
+    monkeypatch.setattr(on_disk, "BLOCK_USERS", 5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,24 @@ def test_answers_from_a_store_are_those_of_the_histories(
         pass
     lists = zip(model.recommend(records, 4), model.recommend(histories, 4), strict=True)
     assert all([a.item for a in ours] == [a.item for a in theirs] for ours, theirs in lists)
+
+
+def test_batches_and_files_are_as_large_as_allowed(make_user_llm, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "USERS", 10)
+    monkeypatch.setattr(embedding, "BATCH_EVENTS", 30)
+    monkeypatch.setattr(on_disk, "BLOCK_BYTES", 5_000)
+    model = make_user_llm()
+    store, told = stored(model, dataset, tmp_path / "store", keys_values=True)
+    assert told.new == len(store) == 24
+    files = list((tmp_path / "store").glob("*.safetensors"))
+    assert len(files) > 5 and max(file.stat().st_size for file in files) < 15_000
+    for user in (0, 7, 23):
+        expected = model.remember(dataset.history(user)).embeddings
+        torch.testing.assert_close(store[f"u{user}"].embeddings, expected, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(embedding, "BATCH_NUMBERS", 3 * 5 * 2 * 32)  # keys and values of three users
+    source = DatasetUsers(UserSide.of(model), dataset)
+    sizes = [len(batch) for batch in source._batches(range(24), lambda user: 1, store.card.kept)]
+    assert set(sizes) == {3} and sum(sizes) == 24
 
 
 def test_half_floats_take_half_the_space_and_cost_little(make_user_llm, dataset, tmp_path):
@@ -150,7 +171,7 @@ def test_without_a_state_whoever_has_new_events_is_computed_anew(make_user_llm, 
 
 
 def test_files_with_old_records_go(make_user_llm, cut, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "BLOCK_USERS", 2)
+    monkeypatch.setattr(on_disk, "BLOCK_USERS", 2)
     model = make_user_llm(max_length=16)
     lengths = dict.fromkeys(range(24), 3)
     for step in range(6):  # twelve users add an event, again and again
@@ -167,8 +188,6 @@ def test_files_with_old_records_go(make_user_llm, cut, tmp_path, monkeypatch):
 
 
 def test_small_files_are_put_together(make_user_llm, dataset, tmp_path, monkeypatch):
-    from userllm.serving import store as on_disk
-
     monkeypatch.setattr(on_disk, "FEW_USERS", 6)
     model = make_user_llm()
     for n in range(7):

@@ -55,8 +55,13 @@ def three(dataset):
     return [dataset.history(7, 0, 11), dataset.history(5, 0, 4), UserHistory(())]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["autoregressive", "dual"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *(("autoregressive", way) for way in WAYS),
+        *(("dual", way) for way in ("cross-attention", "Perceiver, catalogue", "long and short")),
+    ],
+)
 def test_remembered_is_as_read(make_user_llm, make_encoder, three, kind, way):
     model = make_user_llm(encoder=make_encoder(kind, max_length=8), **WAYS[way])
     records = [model.remember(history) for history in three]
@@ -65,8 +70,10 @@ def test_remembered_is_as_read(make_user_llm, make_encoder, three, kind, way):
     torch.testing.assert_close(model.score(again), model.score(records))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["cross-attention", "Perceiver, catalogue"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("autoregressive", "cross-attention"), *((kind, "Perceiver, catalogue") for kind in KINDS)],
+)
 def test_with_keys_and_values_the_user_is_not_projected_again(
     make_user_llm, make_encoder, three, kind, way, monkeypatch
 ):
@@ -81,9 +88,14 @@ def test_with_keys_and_values_the_user_is_not_projected_again(
         model.score(three)
 
 
-@pytest.mark.parametrize("kind", ["autoregressive", "autoregressive, relative time"])
-@pytest.mark.parametrize("way", ["cross-attention", "soft prompt, Perceiver, catalogue"])
-@pytest.mark.parametrize("keys_values", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "way", "keys_values"),
+    [
+        ("autoregressive", "cross-attention", True),
+        ("autoregressive, relative time", "cross-attention", False),
+        ("autoregressive, relative time", "soft prompt, Perceiver, catalogue", False),
+    ],
+)
 def test_new_events_one_by_one_are_as_the_whole_history(
     make_user_llm, make_encoder, dataset, kind, way, keys_values
 ):

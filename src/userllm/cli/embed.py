@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{done:,} of {of:,} users, {rate:,.0f} a second", flush=True)
 
     print(embed(source, store, users, progress))
+    store.compact()
     print(f"{arguments.out}: {len(store):,} users")
     if arguments.export is not None:
         rows = export_embeddings(store, arguments.export, arguments.every_event)

@@ -61,6 +61,23 @@ def ahead(pieces: Iterable[T]) -> Iterator[T]:
         thread.join()
 
 
+def aside(work: Callable[[], R]) -> Callable[[], R]:
+    """Begins ``work`` in a thread; the function returned waits for it and gives its result, or raises its error.
+
+    Whoever never asks does not wait: the thread ends with the process.
+    """
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
+
+
 def each(work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
     """``work`` of every piece, in order; on as many cores as polars uses, with few results waiting."""
     threads = pl.thread_pool_size()

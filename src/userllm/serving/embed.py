@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -16,14 +17,16 @@ from torch import Tensor
 from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
 from userllm.errors import UserError
-from userllm.serving.record import UserRecord, extend, named, remember, why_not_extended
+from userllm.serving.record import Kept, UserRecord, extend, named, remember, why_not_extended
 from userllm.serving.store import StoreCard, UserStore
 from userllm.serving.user_side import UserSide
 
 BATCH_EVENTS = 8192
 """Events, padding included, that go through the encoder at once."""
-BLOCK_USERS, BLOCK_BYTES = 1024, 1 << 26
-"""Users and bytes of a file at most: what an interruption can cost."""
+BATCH_NUMBERS = 1 << 25
+"""Numbers at most that a batch makes of its users: scores of the catalogue, keys and values."""
+USERS = 1024
+"""Users that are looked at together: of these, users of alike length go through the encoder together."""
 
 
 @dataclass
@@ -125,7 +128,8 @@ class DatasetUsers:
     def records(self, users: Sequence[int], store: UserStore) -> Iterator[UserRecord]:
         """Records of users from their whole histories, a few at a time."""
         lengths = self.dataset.lengths
-        for batch in self._batches(users, lambda user: min(int(lengths[user]), self.side.encoder.max_length)):
+        most = self.side.encoder.max_length
+        for batch in self._batches(users, lambda user: min(int(lengths[user]), most), store.card.kept):
             rows = [
                 (u, max(0, int(lengths[u]) - self.side.encoder.max_length), int(lengths[u])) for u in batch
             ]
@@ -139,7 +143,7 @@ class DatasetUsers:
     def extended(self, users: Sequence[int], store: UserStore) -> Iterator[UserRecord]:
         """Records of users who are in the store, from it and their new events."""
         lengths = self.dataset.lengths
-        for batch in self._batches(users, lambda user: int(lengths[user])):
+        for batch in self._batches(users, lambda user: int(lengths[user]), store.card.kept):
             before = [store[self.dataset.user_ids[user]] for user in batch]
             rows = [(u, len(old), int(lengths[u])) for u, old in zip(batch, before, strict=True)]
             histories = self.stored.batch(rows).to(self.side.weight.device)
@@ -149,11 +153,16 @@ class DatasetUsers:
             ):
                 yield named(record, self.dataset.user_ids[user], self.digests.of(user))
 
-    def _batches(self, users: Sequence[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Users of alike length together, as many as ``BATCH_EVENTS`` allows."""
+    def _batches(self, users: Sequence[int], length: Callable[[int], int], keep: Kept) -> Iterator[list[int]]:
+        """Users of alike length together, as many as ``BATCH_EVENTS`` and ``BATCH_NUMBERS`` allow."""
+        side = self.side
+        made = 0 if side.config.catalogue is None or side.scores_follow else side.collator.num_items
+        if keep.keys_values:
+            made += side.window * 2 * sum(block.key.out_features for block in side.blocks.values())
+        most = max(1, BATCH_NUMBERS // max(1, made))
         batch: list[int] = []
         for user in sorted(users, key=length):
-            if batch and (len(batch) + 1) * max(1, length(user)) > BATCH_EVENTS:
+            if batch and (len(batch) == most or (len(batch) + 1) * max(1, length(user)) > BATCH_EVENTS):
                 yield batch
                 batch = []
             batch.append(user)
@@ -171,20 +180,21 @@ def embed(
 
     Who is there with the same events stays as it is; who has new ones is continued from what the store keeps of the
     encoder, where it keeps that and the encoder can; everybody else is computed from the whole history. progress:
-    called with the users looked at and their number, after each block. Raises UserError for a user who is not in the
-    dataset.
+    called with the users who are up to date and their number, after each file. Several processes may do this at once
+    for different users; ``store.compact`` afterwards. Raises UserError for a user who is not in the dataset.
     """
     dataset = source.dataset
     numbers = range(dataset.num_users) if users is None else [dataset.user_index(user) for user in users]
     numbers = list(dict.fromkeys(numbers))
     told = Embedded(asked=len(numbers))
     done = 0
-    for block in _blocks(source, numbers, store):
-        whole, more = _what_to_do(source, block, store, told)
-        store.put([*source.records(whole, store), *source.extended(more, store)])
-        done += len(block)
-        progress(done, len(numbers))
-    store.compact(BLOCK_USERS)
+    for start in range(0, len(numbers), USERS):
+        some = numbers[start : start + USERS]
+        whole, more = _what_to_do(source, some, store, told)
+        done += len(some) - len(whole) - len(more)
+        for written in store.put_all(chain(source.records(whole, store), source.extended(more, store))):
+            done += written
+            progress(done, len(numbers))
     if users is None:
         store.card = replace(store.card, fingerprint=dataset.card.fingerprint)
         store.write_card()
@@ -200,28 +210,6 @@ def check_current(store: UserStore, user: str, side: UserSide, dataset: Dataset)
             f"{store.folder}: was made of {events} events of user {user}, {dataset.folder} has others "
             f"({int(dataset.lengths[number])}); bring the store up to date with `userllm embed`"
         )
-
-
-def _blocks(source: DatasetUsers, users: Sequence[int], store: UserStore) -> Iterator[list[int]]:
-    """Users in the order given, so many that their records make a file of ``BLOCK_BYTES`` at most, roughly."""
-    side, lengths, keep = source.side, source.dataset.lengths, store.card.kept
-    width = side.encoder.width * (1 if side.user_tokens.cheap else 2)
-    if keep.keys_values:
-        width += 2 * sum(block.key.out_features for block in side.blocks.values())
-    catalogue = side.collator.num_items if side.config.catalogue and not side.scores_follow else 0
-    per_state = 2 * side.encoder.width * getattr(getattr(side.encoder, "config", None), "layers", 0)
-    block: list[int] = []
-    size = 0
-    for user in users:
-        own = catalogue + min(int(lengths[user]), side.window) * width
-        own += min(int(lengths[user]), side.encoder.max_length) * per_state if keep.state else 0
-        if block and (len(block) == BLOCK_USERS or size + 4 * own > BLOCK_BYTES):
-            yield block
-            block, size = [], 0
-        block.append(user)
-        size += 4 * own
-    if block:
-        yield block
 
 
 def _what_to_do(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 AGAIN = "run `userllm embed` again"
+BLOCK_USERS, BLOCK_BYTES = 1024, 1 << 26
+"""Users and bytes of a file at most (at least one user): what an interruption can cost."""
 FEW_USERS = 64
 """A file with fewer users than this is put together with others, once there are as many such files."""
 
@@ -100,8 +102,6 @@ class UserStore:
                 raise UserError(
                     f"{folder}: this store's {name} is {have}, not {asked}; give another folder, or remove this one"
                 )
-        for leftover in folder.glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
         return store
 
     @classmethod
@@ -190,20 +190,34 @@ class UserStore:
         os.replace(partial, file)
         self._take_in(file)
 
-    def compact(self, users: int = 1024) -> None:
-        """Put files together that few users are in, or mostly users of whom there are newer records.
+    def put_all(self, records: Iterable[UserRecord]) -> Iterator[int]:
+        """The same for as many as there are, file by file; yields how many users each file holds, once it is there."""
+        waiting: list[UserRecord] = []
+        size = 0
+        for record in records:
+            waiting.append(record)
+            size += sum(column.nbytes for column in record.columns().values())
+            if len(waiting) == BLOCK_USERS or size >= BLOCK_BYTES:
+                self.put(waiting)
+                yield len(waiting)
+                waiting, size = [], 0
+        self.put(waiting)
+        yield len(waiting)
 
-        users: at most so many go into one file. Nothing else may write to the store meanwhile.
+    def compact(self) -> None:
+        """Put files together that few users are in, or mostly users of whom there are newer records; remove what an
+        interruption has left half written. Nothing else may write to the store meanwhile.
         """
+        for leftover in self.folder.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
         live: dict[Path, list[str]] = {file: [] for file in self._blocks}
         for user, (file, _) in self._place.items():
             live[file].append(user)
         worn = [file for file, own in live.items() if 2 * len(own) <= len(self._blocks[file].users)]
         few = [file for file, own in live.items() if len(own) < FEW_USERS and file not in worn]
         old = worn + (few if len(few) >= FEW_USERS else [])
-        moving = [user for file in old for user in live[file]]
-        for start in range(0, len(moving), users):
-            self.put([self[user] for user in moving[start : start + users]])
+        moved = sum(self.put_all(self[user] for file in old for user in live[file]))
+        assert moved == sum(len(live[file]) for file in old)
         for file in old:
             del self._blocks[file]
             file.unlink()

@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -23,7 +22,7 @@ import numpy as np
 import polars as pl
 
 from userllm.data.build import DatasetBuilder, block_of
-from userllm.data.in_turn import ahead
+from userllm.data.in_turn import ahead, aside
 from userllm.data.numbering import Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
@@ -111,10 +110,9 @@ def prepare_movielens(
     with (
         DatasetBuilder(out, fields, memory=memory) as builder,
         opened(path, scratch=builder.scratch) as (layout, ratings, movies),
-        ThreadPoolExecutor(1) as aside,
     ):
         file = path if path.is_file() else ratings.path
-        digest = aside.submit(sha256_of, file) if source is None else None
+        digest = aside(lambda: sha256_of(file)) if source is None else None
         items = read_movies(layout, movies)
         if descriptions is not None:
             items = with_descriptions(items, descriptions)
@@ -125,7 +123,7 @@ def prepare_movielens(
             raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
         if source is None:
             assert digest is not None
-            source = Source("movielens", str(path), file.name, digest.result(), "path")
+            source = Source("movielens", str(path), file.name, digest(), "path")
         builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
     return Dataset.open(out)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import polars as pl
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, Source
 from userllm.data.count_filters import CountFilters
-from userllm.data.in_turn import ahead
+from userllm.data.in_turn import ahead, aside
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_filters import OnBadRows
 from userllm.data.sources.event_rows import EventRows, Rejects
@@ -74,8 +73,8 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
     fields.append(FieldSpec("title", "item", "text"))
     if old is not None:
         fields = list(old.card.fields)
-    with DatasetBuilder(out, fields, memory=memory) as builder, ThreadPoolExecutor(1) as aside:
-        given = aside.submit(source_of, "table", config.path, files)
+    with DatasetBuilder(out, fields, memory=memory) as builder:
+        given = aside(lambda: source_of("table", config.path, files))
         rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
         reader = TableReader(config, block_of(memory), rejects)
         if old is not None:
@@ -88,7 +87,7 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
         recipe = asdict(replace(config, path=[], items=replace(config.items, path=[]), time_unit=found.unit))
         builder.finish(
             name=name,
-            source=given.result() if old is None else _joined(old.card.source, given.result()),
+            source=given() if old is None else _joined(old.card.source, given()),
             time=str(found) if old is None else old.card.time,
             ticks_per_second=found.ticks,
             count_filters=config.counts() if old is None else CountFilters(config.repeated),
