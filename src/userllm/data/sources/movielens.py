@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 
 from userllm.data.build import DatasetBuilder, block_of
-from userllm.data.in_turn import ahead, aside
+from userllm.data.in_turn import aside
 from userllm.data.numbering import Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
@@ -230,7 +230,7 @@ def read_ratings(
     ids = items["id"].cast(pl.Int64) if "integer" in layout.columns.values() else items["id"]
     number_of = ItemNumbers(ids)
     before = 0
-    for log in ahead(read_log(file, layout.separator, layout.columns, layout.header, size)):
+    for log in read_log(file, layout.separator, layout.columns, layout.header, size):
         log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
         item = number_of(log["item"])
         if (unknown := item < 0).any():
