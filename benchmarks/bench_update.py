@@ -1,7 +1,8 @@
 """A user with 1,000 events adds one: the time of updating what is kept of them, against computing it anew.
 
 Both sides go from the dataset's events to user tokens (and, in the second pair of rows, to the cross-attention's keys
-and values of four layers). The encoders have random weights: the cost does not depend on them.
+and values of four layers). The encoders have random weights: the cost does not depend on them. Times are CPU seconds of
+one thread.
 
     python benchmarks/bench_update.py --out docs/results/benchmarks
 """
@@ -9,6 +10,7 @@ and values of four layers). The encoders have random weights: the cost does not 
 from __future__ import annotations
 
 import statistics
+import time
 
 import numpy as np
 import torch
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     run = Run(*load_config(args.config, ["name=benchmark", *args.overrides]))
     run.through("data")
     lengths = run.dataset.lengths
@@ -97,7 +100,8 @@ def main() -> None:
         for keys_values in (False, True):
             way = Way(run.stored, user, args.events, encoder, keys_values)
             print(f"{name}{', with keys and values' if keys_values else ''}")
-            rates = alternate({"update": way.update, "recompute": way.recompute}, args.rounds)
+            ways = {"update": way.update, "recompute": way.recompute}
+            rates = alternate(ways, args.rounds, time.process_time)
             updated, anew = way.one_by_one(), way.whole(args.events + ADDED)
             state = way.before.state
             assert state is not None

@@ -34,7 +34,8 @@ def alternate(
     ways: dict[str, Callable[[], float]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Runs every way once per round, after one round of warm-up. A way returns how many units of work it did; the
-    result is units per second by way and round, by ``clock``."""
+    result is units per second by way and round. clock: ``time.process_time`` for CPU seconds, which other work on the
+    machine does not lengthen."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():

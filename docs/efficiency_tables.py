@@ -102,7 +102,7 @@ def _verdict(result: dict[str, Any], n: str) -> list[str]:
 def update_rows(result: dict[str, Any]) -> list[str]:
     """A row per encoder."""
     rows = [
-        "| encoder | update, ms | anew, ms | update / anew | largest difference of an embedding | state, MB |",
+        "| encoder | update, CPU ms | anew, CPU ms | update / anew | largest difference of an embedding | state, MB |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():

@@ -117,6 +117,7 @@ class Reading:
         self._real, self._whole = mask, whole
         self._rows, step = torch.nonzero(mask, as_tuple=True)
         self._at = self.places[self._rows, step]
+        self._only = slice(int(state.lengths[0]), int(self.lengths[0]))
         state.times[self._rows, self._at] = times[mask]
         self.times = state.times[:, :whole]
         self.distance = self.places[..., None] - torch.arange(whole, device=mask.device)
@@ -128,7 +129,10 @@ class Reading:
         both = torch.stack([keys, values])
         if self._after is not None:
             kept = self._after.kept[len(self._new)]  # [2, B, heads, room, head width]
-            kept[:, self._rows, :, self._at] = both.permute(1, 3, 0, 2, 4)[self._real].to(kept)
+            if len(self._real) == 1:  # the same as below, as one copy
+                kept[..., self._only, :] = both[..., : len(self._at), :]
+            else:
+                kept[:, self._rows, :, self._at] = both.permute(1, 3, 0, 2, 4)[self._real].to(kept)
             both = kept[..., : self._whole, :]
         self._new.append(both)
         return both[0], both[1]
