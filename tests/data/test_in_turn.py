@@ -42,7 +42,7 @@ def test_who_stops_early_leaves_no_thread():
             yield 0
 
     before = threading.active_count()
-    taken = ahead(pieces())
+    taken = ahead(ahead(pieces()))
     assert next(taken) == 0
     taken.close()
     assert threading.active_count() == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -44,6 +44,9 @@ def ahead(pieces: Iterable[T]) -> Iterator[T]:
             put("end", None)
         except BaseException as error:  # noqa: BLE001 - raised again where the piece is asked for
             put("error", error)
+        finally:
+            if isinstance(pieces, Generator):  # it may have threads of its own
+                pieces.close()
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import polars as pl
@@ -130,7 +131,7 @@ class TableReader:
     def batches(self, files: Sequence[Path]) -> Iterator[EventBatch]:
         """Every row of the files, in order."""
         for file in files:
-            for rows in self._rows(file, self.config.columns()):
+            for rows in ahead(self._rows(file, self.config.columns())):
                 yield self.events.batch(rows)
 
     def _rows(self, file: Path, wanted: list[str]) -> Iterator[Rows]:
@@ -149,7 +150,7 @@ class TableReader:
         seen: dict[str, int] = {}
         ids: list[str] = []
         titles: list[str] = []
-        categories: list[list[str]] = []
+        categories: list[tuple[str, ...]] = []
         for file in find_files(config.path):
             for rows in self._rows(file, wanted):
                 lines, bad = rows.lines(), list(rows.rejected)
@@ -172,19 +173,21 @@ class TableReader:
                         seen[key] = line
                         ids.append(key)
                         titles.append(title or key)
-                        categories.append(self._categories(category))
+                        categories.append(_categories(category, config.separator))
                 self.rejects.take(sorted(bad, key=lambda one: one.line))
         frame = pl.DataFrame({"id": ids, "title": titles}, schema={"id": pl.String, "title": pl.String})
         if config.category:
             frame = frame.with_columns(list_column("category", categories))
         return frame
 
-    def _categories(self, text: str | None) -> list[str]:
-        if not text:
-            return []
-        if text.startswith("["):
-            try:
-                return [str(value) for value in json.loads(text)]
-            except ValueError:  # a plain text that begins like a list
-                return [text]
-        return [part.strip() for part in text.split(self.config.items.separator) if part.strip()]
+
+@lru_cache(maxsize=1 << 14)  # a catalogue has few different ones
+def _categories(text: str | None, separator: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    if text.startswith("["):
+        try:
+            return tuple(str(value) for value in json.loads(text))
+        except ValueError:  # a plain text that begins like a list
+            return (text,)
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
