@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from userllm.data.in_turn import ahead, each
+from userllm.data.in_turn import ahead, aside, each
 
 
 def test_ahead_gives_the_same_pieces_and_is_ahead():
@@ -42,10 +42,24 @@ def test_who_stops_early_leaves_no_thread():
             yield 0
 
     before = threading.active_count()
-    taken = ahead(pieces())
+    taken = ahead(ahead(pieces()))
     assert next(taken) == 0
     taken.close()
     assert threading.active_count() == before
+
+
+def test_aside():
+    go = threading.Event()
+
+    def work():
+        go.wait()
+        return 7
+
+    result = aside(work)
+    go.set()
+    assert result() == result() == 7
+    with pytest.raises(ZeroDivisionError):
+        aside(lambda: 1 // 0)()
 
 
 def test_each_keeps_the_order_and_few_results():

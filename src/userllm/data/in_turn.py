@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -44,6 +44,9 @@ def ahead(pieces: Iterable[T]) -> Iterator[T]:
             put("end", None)
         except BaseException as error:  # noqa: BLE001 - raised again where the piece is asked for
             put("error", error)
+        finally:
+            if isinstance(pieces, Generator):  # it may have threads of its own
+                pieces.close()
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
@@ -59,6 +62,23 @@ def ahead(pieces: Iterable[T]) -> Iterator[T]:
     finally:
         wanted.clear()
         thread.join()
+
+
+def aside(work: Callable[[], R]) -> Callable[[], R]:
+    """Begins ``work`` in a thread; the function returned waits for it and gives its result, or raises its error.
+
+    Whoever never asks does not wait: the thread ends with the process.
+    """
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def each(work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:

@@ -1,4 +1,4 @@
-"""Raw ids as numbers, in order of first appearance."""
+"""Raw ids as numbers: in order of first appearance, or by a catalogue."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+LARGEST_ID = 1 << 24
+"""Of a catalogue whose ids are looked up in a table."""
 RUNS_SEEN = 1000
 """Ids looked at to find out whether equal ones stand together."""
 
@@ -54,3 +56,22 @@ class Numbering:
     def ids(self) -> pl.Series:
         """Raw ids by number."""
         return pl.concat([pl.Series(dtype=pl.String), *self._ids]).alias("id")
+
+
+class ItemNumbers:
+    """Ids -> rows of the catalogue, int32, -1 for an id that is not in it. Whole numbers are looked up in a table."""
+
+    def __init__(self, ids: pl.Series):
+        self.table: np.ndarray | None = None
+        self.frame = pl.DataFrame({"id": ids}).with_row_index("number")
+        if ids.dtype == pl.Int64 and ids.is_between(0, LARGEST_ID).all():
+            self.table = np.full(int(ids.max()) + 2, -1, dtype=np.int32)  # type: ignore[arg-type]
+            self.table[ids.to_numpy()] = np.arange(len(ids))
+
+    def __call__(self, ids: pl.Series) -> np.ndarray:
+        if self.table is not None:
+            places = ids.to_numpy()
+            outside = (places < 0) | (places >= len(self.table))
+            return self.table[np.where(outside, len(self.table) - 1, places) if outside.any() else places]
+        found = ids.to_frame("id").join(self.frame, on="id", how="left", maintain_order="left")["number"]
+        return found.cast(pl.Int32).fill_null(-1).to_numpy()

@@ -5,5 +5,7 @@ cells.py        finished cells on disk
 runner.py       does the cells that are missing
 comparison.py   two cells on the same users; the papers' claims, decided
 paper.py        the papers' tables, as data (paper.yaml)
-report.py       all of it as Markdown and as one page
+stored.py       an experiment with its finished cells
+tables.py, figures.py, efficiency.py   what a report shows
+report.py       one experiment, or all of them, as Markdown and as one page (page.py)
 """

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.comparison import LOG_LIKELIHOOD, Measured, difference, mean, per_user
@@ -22,7 +22,7 @@ from userllm.report.wording import METRICS
 
 _COLOURS = ("#1f5fa8", "#d9a13b", "#2f8f83", "#b58bc4", "#9aa1ab", "#a4483f")
 _WIDTH = 5.4
-_NOT_FUSED = "#f0f1f3"
+_NOT_FUSED = "#e4e5e8"
 
 
 def rows_figure(
@@ -83,7 +83,11 @@ def length_figure(
                 axis.vlines(
                     x, [e.low for _, e in points], [e.high for _, e in points], color=colour, alpha=0.5
                 )
-        by_events.set_xticks(sorted({events_shown(one[0]) for done in curves.values() for one in done}))
+        lengths = sorted({events_shown(one[0]) for done in curves.values() for one in done})
+        if lengths[-1] >= 10 * lengths[0]:
+            by_events.set_xscale("log")
+            by_events.xaxis.set_minor_locator(NullLocator())
+        by_events.set_xticks(lengths, [str(length) for length in lengths])
         by_events.set_xlabel("events of the history")
         by_tokens.set_xlabel("tokens the language model reads before its answer")
         by_tokens.set_xscale("log")
@@ -104,26 +108,30 @@ def gate_figure(cells: Mapping[str, Sequence[FinishedCell]]) -> Figure | None:
         return None
     layers = range(max(max(values) for values in found.values()) + 1)
     shown = np.array([[values.get(layer, np.nan) for layer in layers] for values in found.values()])
-    largest = float(np.nanmax(np.abs(shown))) or 1.0
     style: dict[Any, Any] = STYLE | {"axes.grid": False}
     with matplotlib.rc_context(style):
         figure = _figure(1.6 + 0.3 * len(found))
         axes = figure.add_subplot()
         axes.set_facecolor(_NOT_FUSED)
-        image = axes.imshow(shown, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        image = axes.imshow(shown, cmap="Blues", vmin=0, aspect="auto")
         axes.set_yticks(range(len(found)), list(found))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("LM layer")
-        figure.colorbar(image, label="tanh(alpha)", location="bottom", shrink=0.7, aspect=40)
+        figure.colorbar(image, label="|tanh(alpha)|", location="bottom", shrink=0.7, aspect=40)
     return figure
 
 
 def gates(cells: Sequence[FinishedCell]) -> dict[int, float]:
-    """tanh(alpha) by LM layer, mean over seeds; empty for cells without gates."""
+    """|tanh(alpha)| by LM layer, mean over seeds; empty for cells without gates.
+
+    The sign says nothing: the block's output projection can turn it round.
+    """
     seen: dict[int, list[float]] = {}
     for cell in cells:
+        if cell.told["config"]["fusion"]["cross_attention"]["gate"] == "none":
+            continue  # always open: their 1 is no outcome
         for gate in cell.metrics["gates"]:
-            seen.setdefault(int(gate["layer"]), []).append(float(gate["value"]))
+            seen.setdefault(int(gate["layer"]), []).append(abs(float(gate["value"])))
     return {layer: sum(values) / len(values) for layer, values in sorted(seen.items())}
 
 

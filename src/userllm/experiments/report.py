@@ -9,12 +9,14 @@ from pathlib import Path
 from userllm.errors import UserError
 from userllm.experiments import tables
 from userllm.experiments.cells import CellStore, FinishedCell
-from userllm.experiments.comparison import Decided, decide
-from userllm.experiments.definition import Experiment, Side, settings_hash
+from userllm.experiments.comparison import Decided
+from userllm.experiments.definition import Experiment
 from userllm.experiments.efficiency import efficiency_section
 from userllm.experiments.figures import gate_figure, length_figure, rows_figure
 from userllm.experiments.page import NOTHING, Notes, Page, Part, Picture, Section, Table, Texts, write_page
 from userllm.experiments.paper import PaperTable, paper_tables
+from userllm.experiments.stored import Stored
+from userllm.report.record import printable
 from userllm.report.wording import METRICS, SYSTEMS, TASKS, label
 
 SHOWN_USERS = 3
@@ -28,47 +30,6 @@ _SCALE = {
     "gpu": "gpu",
 }
 _READING = Section("reading", "How to read the tables", "", [Notes(tables.READING)])
-
-
-class Stored:
-    """An experiment at one scale with its finished cells. extra: the settings that the cells were run with, too."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        scale: str,
-        store: CellStore,
-        seeds: Sequence[int] | None = None,
-        extra: Sequence[str] = (),
-    ):
-        self.experiment, self.scale, self.extra = experiment, scale, extra
-        self.seeds = list(seeds or experiment.scale(scale).seeds)
-        self.cells: dict[str, list[FinishedCell]] = {}
-        for name in experiment.cells:
-            found = [store.find(self.hash_of(name, seed)) for seed in self.seeds]
-            if some := [cell for cell in found if cell is not None]:
-                self.cells[name] = some
-        self.decided = [decide(claim, self.cells) for claim in experiment.claims]
-
-    def hash_of(self, cell: str, seed: int) -> str:
-        """The hash a cell goes by."""
-        return settings_hash(self.experiment.settings(cell, self.scale, seed, self.extra))
-
-    @property
-    def tasks(self) -> list[str]:
-        """Every task of the cells."""
-        return list(
-            dict.fromkeys(task for cells in self.cells.values() for task in cells[0].metrics["tasks"])
-        )
-
-    def asks(self, one: Decided) -> tuple[object, ...]:
-        """What a claim comes down to: two experiments may make the same one."""
-
-        def of(side: Side) -> tuple[str, str]:
-            return self.hash_of(side.cell, self.seeds[0]), side.system
-
-        claim = one.claim
-        return claim.task, claim.metric, of(claim.a), of(claim.b), claim.kind, claim.margin
 
 
 def write_experiment_report(
@@ -251,7 +212,8 @@ def _figures(one: Stored, before: str = "") -> list[Picture]:
     first = one.tasks[0]
     lengths = length_figure(experiment, cells, first, tables.SHOWN[tables.kind_of(first, cells)][0])
     if lengths is not None:
-        caption = "Score against the history's length, and against what the language model reads (the papers' Fig. 3)."
+        figure = " (the papers' Fig. 3)" if "v2 Fig. 3" in experiment.redoes else ""
+        caption = f"Score against the history's length, and against what the language model reads{figure}."
         found.append(Picture(f"{before}lengths", caption, lengths))
     for task in one.tasks:
         metric = tables.SHOWN[tables.kind_of(task, cells)][0]
@@ -262,7 +224,9 @@ def _figures(one: Stored, before: str = "") -> list[Picture]:
         found.append(Picture(f"{before}{task}", caption, rows_figure(experiment, cells, task, metric)))
     gated = gate_figure(cells)
     if gated is not None:
-        caption = "Gates after training by LM layer, mean over seeds; grey: nothing is inserted there."
+        caption = (
+            "Size of the gates after training by LM layer, mean over seeds; grey: nothing is inserted there."
+        )
         found.append(Picture(f"{before}gates", caption, gated))
     return found
 
@@ -273,18 +237,18 @@ def _texts(one: Stored) -> list[Texts]:
     shown = []
     for task, records in (reference[0].texts if reference else {}).items():
         for record in records[:SHOWN_USERS]:
-            texts = [("What the user wrote", record["target"])]
+            texts = [("What the user wrote", printable(record["target"]))]
             texts += [
-                (f"{label(system, SYSTEMS)}", text)
+                (label(system, SYSTEMS), printable(text))
                 for system, text in record.items()
                 if system not in ("user", "prompt", "target")
             ]
             for name, cells in one.cells.items():
                 others = [o for o in cells[0].texts.get(task, []) if o["user"] == record["user"]]
                 if name != one.experiment.reference and others:
-                    texts.append((one.experiment.cell(name).label, others[0]["user_llm"]))
+                    texts.append((one.experiment.cell(name).label, printable(others[0]["user_llm"])))
             title = f"{label(task, TASKS)}, user {record['user']}"
-            shown.append(Texts(title, record["prompt"], texts))
+            shown.append(Texts(title, printable(record["prompt"]), texts))
     return shown
 
 

@@ -21,12 +21,11 @@ import yaml
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.definition import Experiment, settings_hash
+from userllm.report.record import SHOWN_TEXTS
 
 Launch = Callable[[list[str]], int]
 """Runs ``userllm`` with these arguments; returns the exit status."""
 
-SHOWN_TEXTS = 10
-"""Texts per task that a cell keeps: those of the first users."""
 _STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
 
 
@@ -129,6 +128,7 @@ class Runner:
 
 
 def _first_lines(file: Path) -> list[dict[str, Any]]:
+    """Texts that a cell keeps: those of the first users."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, SHOWN_TEXTS)]
 

@@ -157,13 +157,15 @@ def tokens(experiment: Experiment, cells: Cells) -> Table | None:
     }
     if not any(done.values()):
         return None
-    table = Table(
-        "Tokens the language model reads",
-        "Before its answer, soft prompts included, mean over users and seeds; how many times User-LLM's at the same "
-        'number of events. The papers\' factors are also their "FLOPs reduction".',
-        ["Row", "events", "tokens", "of User-LLM's", "paper"],
+    first = next(iter(done))
+    about = (
+        f"Before its answer, mean over users and seeds; how many times those of {first} at as many events."
     )
-    ours = {events_shown(cell[0]): _tokens(cell) for cell in next(iter(done.values()))}
+    if "v1 T3" in experiment.redoes:
+        about += ' The papers\' ratios are also their "FLOPs reduction".'
+    columns = ["Row", "events", "tokens", "times", "paper"]
+    table = Table("Tokens the language model reads", about, columns)
+    ours = {events_shown(cell[0]): _tokens(cell) for cell in done[first]}
     for series, some in done.items():
         for cell in some:
             name = next(name for name in experiment.curves[series] if cells.get(name) is cell)
@@ -185,10 +187,10 @@ def gate_table(experiment: Experiment, cells: Cells) -> Table | None:
     """The gates that training ended with; None where no cell has any."""
     table = Table(
         "Gates after training",
-        "tanh(alpha) of the inserted cross-attention by LM layer, mean over seeds. They start at 0, where the layer "
+        "|tanh(alpha)| of the inserted cross-attention by LM layer, mean over seeds. It starts at 0, where the layer "
         "does not see the user.",
-        ["Row", "fused layers", "lowest layer", "highest layer", "largest", "mean size, lower half",
-         "mean size, upper half", "paper"],
+        ["Row", "fused layers", "lowest layer", "highest layer", "largest", "mean, lower half",
+         "mean, upper half", "paper"],
         folded=True,
     )  # fmt: skip
     for cell in in_groups(experiment, cells):
@@ -196,16 +198,16 @@ def gate_table(experiment: Experiment, cells: Cells) -> Table | None:
         if not found:
             continue
         layers = sorted(found)
-        sizes = [abs(found[layer]) for layer in layers]
+        sizes = [found[layer] for layer in layers]
         middle = len(layers) // 2
-        largest = max(layers, key=lambda layer: abs(found[layer]))
+        largest = max(layers, key=lambda layer: found[layer])
         table.rows.append(
             [
                 f"{cell.name}: {cell.label}",
                 str(len(layers)),
-                f"{found[layers[0]]:+.3f} ({layers[0]})",
-                f"{found[layers[-1]]:+.3f} ({layers[-1]})",
-                f"{found[largest]:+.3f} ({largest})",
+                f"{found[layers[0]]:.3f} ({layers[0]})",
+                f"{found[layers[-1]]:.3f} ({layers[-1]})",
+                f"{found[largest]:.3f} ({largest})",
                 f"{average(sizes[:middle]):.3f}" if middle else NOTHING,
                 f"{average(sizes[middle:]):.3f}",
                 _published(cell, "gates", "user_llm"),

@@ -23,6 +23,11 @@ _NOT_METRICS = ("gain_nats", "gain", "whole", "decoding", "labels")
 """Keys of a task in metrics.json whose value is a table and yet no system."""
 
 
+def printable(text: str) -> str:
+    """A text without characters that no page can show; a model may write any."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 @dataclass(frozen=True)
 class Written:
     """What was asked about one user, what the user wrote, and every system's text."""
@@ -248,8 +253,7 @@ def _written(path: Path) -> list[Written]:
             record = _mapping(json.loads(line), where)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg}); remake it by `userllm evaluate`") from error
-        # a model may write characters that no page can show
-        shown = {key: _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)) for key, text in record.items()}
+        shown = {key: printable(str(text)) for key, text in record.items()}
         user, prompt, target = (_get(shown, key, where) for key in ("user", "prompt", "target"))
         texts = {key: text for key, text in shown.items() if key not in ("user", "prompt", "target")}
         found.append(Written(user, prompt, target, texts))

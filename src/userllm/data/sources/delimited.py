@@ -10,6 +10,7 @@ from typing import Literal
 
 import polars as pl
 
+from userllm.data.in_turn import ahead, each
 from userllm.data.sources.raw_files import LineBlocks
 from userllm.errors import UserError
 
@@ -78,9 +79,8 @@ def read_log(
     blocks = LineBlocks(file.path, size)
     if has_header:
         blocks.header()
-    for block in blocks:
-        if block.isspace():
-            continue
+
+    def parsed(block: bytes) -> pl.DataFrame:
         try:
             frame = pl.read_csv(
                 block.replace(separator.encode(), b"\t") if len(separator) > 1 else block,
@@ -101,7 +101,9 @@ def read_log(
             raise first_bad_line(file, separator, types, has_header) or UserError(
                 f"{file.label}: has missing fields"
             )
-        yield frame
+        return frame
+
+    yield from each(parsed, ahead(block for block in blocks if not block.isspace()))
 
 
 def read_header(file: SourceFile, separator: str) -> list[str]:

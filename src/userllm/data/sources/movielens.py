@@ -13,18 +13,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import polars as pl
 
 from userllm.data.build import DatasetBuilder, block_of
-from userllm.data.in_turn import ahead
-from userllm.data.numbering import Numbering
+from userllm.data.in_turn import aside
+from userllm.data.numbering import ItemNumbers, Numbering
 from userllm.data.sources.delimited import ColumnType, SourceFile, line_of_row, read_log
 from userllm.data.sources.descriptions import with_descriptions
 from userllm.data.sources.fetch import sha256_of
@@ -58,8 +56,6 @@ GENRES_100K = (
 )
 """The genre flags of u.item, in order."""
 NO_GENRES = ("(no genres listed)", "unknown", "")
-LARGEST_ID = 1 << 24
-"""Of a catalogue whose ids are looked up in a table."""
 YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
 
 
@@ -111,10 +107,9 @@ def prepare_movielens(
     with (
         DatasetBuilder(out, fields, memory=memory) as builder,
         opened(path, scratch=builder.scratch) as (layout, ratings, movies),
-        ThreadPoolExecutor(1) as aside,
     ):
         file = path if path.is_file() else ratings.path
-        digest = aside.submit(sha256_of, file) if source is None else None
+        digest = aside(lambda: sha256_of(file)) if source is None else None
         items = read_movies(layout, movies)
         if descriptions is not None:
             items = with_descriptions(items, descriptions)
@@ -125,7 +120,7 @@ def prepare_movielens(
             raise UserError(f"{ratings.label}: holds no events; a dataset needs at least one")
         if source is None:
             assert digest is not None
-            source = Source("movielens", str(path), file.name, digest.result(), "path")
+            source = Source("movielens", str(path), file.name, digest(), "path")
         builder.finish(name=release or "movielens", source=source, time="seconds since 1970")
     return Dataset.open(out)
 
@@ -232,7 +227,7 @@ def read_ratings(
     ids = items["id"].cast(pl.Int64) if "integer" in layout.columns.values() else items["id"]
     number_of = ItemNumbers(ids)
     before = 0
-    for log in ahead(read_log(file, layout.separator, layout.columns, layout.header, size)):
+    for log in read_log(file, layout.separator, layout.columns, layout.header, size):
         log = log.rename(dict(zip(layout.columns, ("user", "item", "rating", "time"), strict=True)))
         item = number_of(log["item"])
         if (unknown := item < 0).any():
@@ -246,25 +241,6 @@ def read_ratings(
             pl.col("time").cast(pl.Int64),
             pl.col("rating").cast(pl.Float32),
         )
-
-
-class ItemNumbers:
-    """Ids -> rows of the catalogue, int32, -1 for an id that is not in it. Whole numbers are looked up in a table."""
-
-    def __init__(self, ids: pl.Series):
-        self.table: np.ndarray | None = None
-        self.frame = pl.DataFrame({"id": ids}).with_row_index("number")
-        if ids.dtype == pl.Int64 and ids.is_between(0, LARGEST_ID).all():
-            self.table = np.full(int(ids.max()) + 2, -1, dtype=np.int32)  # type: ignore[arg-type]
-            self.table[ids.to_numpy()] = np.arange(len(ids))
-
-    def __call__(self, ids: pl.Series) -> np.ndarray:
-        if self.table is not None:
-            places = ids.to_numpy()
-            outside = (places < 0) | (places >= len(self.table))
-            return self.table[np.where(outside, len(self.table) - 1, places) if outside.any() else places]
-        found = ids.to_frame("id").join(self.frame, on="id", how="left", maintain_order="left")["number"]
-        return found.cast(pl.Int32).fill_null(-1).to_numpy()
 
 
 def _movies_100k(file: SourceFile) -> Iterator[Movie]:

@@ -8,7 +8,6 @@ metadata of their items is looked up. An item without a title is shown by its ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import polars as pl
 
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, RowCounts
-from userllm.data.in_turn import ahead
+from userllm.data.in_turn import ahead, aside
 from userllm.data.sources.catalogue import Catalogue, ItemForm
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_rows import EventRows, Rejects
@@ -100,8 +99,8 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
         raise UserError(f"{', '.join(paths)}: holds metadata and no reviews; give the reviews, too")
     texts = [name for name in publisher.texts if any(name in file.form.columns for file in reviews)]
     memory = bytes_of(config.memory)
-    with DatasetBuilder(out, _fields(texts), memory=memory) as builder, ThreadPoolExecutor(1) as aside:
-        source = aside.submit(source_of, publisher.name, paths, [file.path for file in files])
+    with DatasetBuilder(out, _fields(texts), memory=memory) as builder:
+        source = aside(lambda: source_of(publisher.name, paths, [file.path for file in files]))
         rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
         reader = ReviewReader(config, texts, block_of(memory), rejects)
         groups: list[pl.Series] = []
@@ -123,7 +122,7 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
         units = dict.fromkeys(file.form.unit for file in reviews)
         builder.finish(
             name=_name(publisher, reviews),
-            source=source.result(),
+            source=source(),
             time=" and ".join(f"{SPELT[unit]} since 1970" for unit in units),
             ticks_per_second=TICKS["ms"],
             count_filters=config.counts(),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import polars as pl
@@ -18,7 +18,7 @@ import polars as pl
 from userllm.data.build import REJECTS, DatasetBuilder, EventBatch, block_of, bytes_of
 from userllm.data.card import FieldSpec, Source
 from userllm.data.count_filters import CountFilters
-from userllm.data.in_turn import ahead
+from userllm.data.in_turn import ahead, aside
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_filters import OnBadRows
 from userllm.data.sources.event_rows import EventRows, Rejects
@@ -74,8 +74,8 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
     fields.append(FieldSpec("title", "item", "text"))
     if old is not None:
         fields = list(old.card.fields)
-    with DatasetBuilder(out, fields, memory=memory) as builder, ThreadPoolExecutor(1) as aside:
-        given = aside.submit(source_of, "table", config.path, files)
+    with DatasetBuilder(out, fields, memory=memory) as builder:
+        given = aside(lambda: source_of("table", config.path, files))
         rejects = Rejects(builder.files / REJECTS, config.on_bad_rows == "skip")
         reader = TableReader(config, block_of(memory), rejects)
         if old is not None:
@@ -88,7 +88,7 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
         recipe = asdict(replace(config, path=[], items=replace(config.items, path=[]), time_unit=found.unit))
         builder.finish(
             name=name,
-            source=given.result() if old is None else _joined(old.card.source, given.result()),
+            source=given() if old is None else _joined(old.card.source, given()),
             time=str(found) if old is None else old.card.time,
             ticks_per_second=found.ticks,
             count_filters=config.counts() if old is None else CountFilters(config.repeated),
@@ -131,7 +131,7 @@ class TableReader:
     def batches(self, files: Sequence[Path]) -> Iterator[EventBatch]:
         """Every row of the files, in order."""
         for file in files:
-            for rows in self._rows(file, self.config.columns()):
+            for rows in ahead(self._rows(file, self.config.columns())):
                 yield self.events.batch(rows)
 
     def _rows(self, file: Path, wanted: list[str]) -> Iterator[Rows]:
@@ -150,7 +150,7 @@ class TableReader:
         seen: dict[str, int] = {}
         ids: list[str] = []
         titles: list[str] = []
-        categories: list[list[str]] = []
+        categories: list[tuple[str, ...]] = []
         for file in find_files(config.path):
             for rows in self._rows(file, wanted):
                 lines, bad = rows.lines(), list(rows.rejected)
@@ -173,19 +173,21 @@ class TableReader:
                         seen[key] = line
                         ids.append(key)
                         titles.append(title or key)
-                        categories.append(self._categories(category))
+                        categories.append(_categories(category, config.separator))
                 self.rejects.take(sorted(bad, key=lambda one: one.line))
         frame = pl.DataFrame({"id": ids, "title": titles}, schema={"id": pl.String, "title": pl.String})
         if config.category:
             frame = frame.with_columns(list_column("category", categories))
         return frame
 
-    def _categories(self, text: str | None) -> list[str]:
-        if not text:
-            return []
-        if text.startswith("["):
-            try:
-                return [str(value) for value in json.loads(text)]
-            except ValueError:  # a plain text that begins like a list
-                return [text]
-        return [part.strip() for part in text.split(self.config.items.separator) if part.strip()]
+
+@lru_cache(maxsize=1 << 14)  # a catalogue has few different ones
+def _categories(text: str | None, separator: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    if text.startswith("["):
+        try:
+            return tuple(str(value) for value in json.loads(text))
+        except ValueError:  # a plain text that begins like a list
+            return (text,)
+    return tuple(part.strip() for part in text.split(separator) if part.strip())
