@@ -49,8 +49,8 @@ BATCH_EVENTS = 8192
 def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """The last user embedding [n, U] of each history (user, start, stop) [n, 3], and whether it has one [n].
 
-    Of a causal encoder it knows the whole history; a history without events has none, but zeros. Histories of alike length go
-    through the encoder together.
+    Of a causal encoder it knows the whole history; a history without events has none, but zeros. Histories of alike
+    length go through the encoder together.
     """
     device = next(encoder.parameters()).device
     found = torch.zeros(len(rows), encoder.width)
@@ -153,12 +153,9 @@ def embed_users(
     shutil.rmtree(partial_out, ignore_errors=True)
     partial_out.mkdir(parents=True)
     users = Dataset.open(data).num_users
-    shards = ray_data.range(math.ceil(users / shard), override_num_blocks=math.ceil(users / shard))
-    written = shards.map_batches(
-        _EmbeddingWorker,
-        fn_constructor_args=(partial(Embedder, folder, data, shard, threads), partial_out),
-        **_on(ray_data, workers, gpus),
-    )
+    shards = [{"shard": number} for number in range(math.ceil(users / shard))]
+    build = partial(Embedder, folder, data, shard, threads)
+    written = _spread(ray_data, shards, _EmbeddingWorker, (build, partial_out), workers, gpus)
     done = sum(int(row["users"]) for row in written.iter_rows())
     partial_out.rename(out)
     return done
@@ -169,7 +166,7 @@ class _EmbeddingWorker:
         self.embedder, self.out = build(), out
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [self._write(int(number)) for number in batch["id"]]
+        rows = [self._write(int(number)) for number in batch["shard"]]
         return {"users": np.array(rows)}
 
     def _write(self, number: int) -> int:
@@ -189,12 +186,8 @@ def answering(run: Run, workers: int, gpus: float = 0) -> Callable[[Sequence[Que
     def answer_all(questions: Sequence[Question]) -> Ask:
         ray_data = _ray_data()
         asked = [{"number": number} | asdict(question) for number, question in enumerate(questions)]
-        blocks = min(len(asked), 16 * workers)
-        answered = ray_data.from_items(asked, override_num_blocks=blocks).map_batches(
-            _AnswerWorker,
-            fn_constructor_args=(run.config, run.plain, run.folder.resolve().parent),
-            **_on(ray_data, workers, gpus),
-        )
+        what = (run.config, run.plain, run.folder.resolve().parent)
+        answered = _spread(ray_data, asked, _AnswerWorker, what, workers, gpus)
         known = {questions[int(row["number"])]: _unpacked(row["answers"]) for row in answered.iter_rows()}
         return lambda wanted, _: [known[question] for question in wanted]
 
@@ -253,9 +246,20 @@ def _ray_data() -> Any:
     return ray.data
 
 
-def _on(ray_data: Any, workers: int, gpus: float) -> dict[str, Any]:
-    """Where a stateful worker class runs: so many at once, one row after the other."""
+def _spread(
+    ray_data: Any, rows: list[dict[str, Any]], worker: type, what: tuple[Any, ...], workers: int, gpus: float
+) -> Any:
+    """What so many workers, each built of ``what``, make of the rows, one row at a time.
+
+    The rows are there from the start: a task that read them would need a CPU beside the workers'.
+    """
     if workers < 1:
         raise UserError(f"{workers} Ray workers; at least one is needed")
     place: dict[str, Any] = {"num_cpus": 1} if gpus == 0 else {"num_gpus": gpus}
-    return {"compute": ray_data.ActorPoolStrategy(size=workers), "batch_size": 1, **place}
+    return ray_data.from_items(rows, override_num_blocks=min(len(rows), 16 * workers)).map_batches(
+        worker,
+        fn_constructor_args=what,
+        compute=ray_data.ActorPoolStrategy(size=workers),
+        batch_size=1,
+        **place,
+    )
