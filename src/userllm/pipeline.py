@@ -101,10 +101,9 @@ class Run:
         if last not in STAGES:
             raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
         if STAGES.index(last) >= STAGES.index("contextualize"):
+            # a language model that cannot be had is found out now, not after stage 1
             with processes.main_first():  # which downloads it, if need be
-                resolve(
-                    self.config.lm
-                )  # a language model that cannot be had is found out now, not after stage 1
+                resolve(self.config.lm)
         for stage in STAGES[: STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
         return self.folder

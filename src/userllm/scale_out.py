@@ -11,10 +11,9 @@ Without an address in RAY_ADDRESS, or a cluster that was connected to before, Ra
 from __future__ import annotations
 
 import io
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,14 +26,14 @@ from torch import Tensor
 
 from userllm import processes
 from userllm.config import RunConfig
-from userllm.data.collation import HistoryCollator, StoredHistories
+from userllm.data.batches import alike_in_length
+from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
-from userllm.data.text_store import TextStore
-from userllm.encoders import TextEncoder, UserEncoder
+from userllm.encoders import UserEncoder
 from userllm.errors import UserError
 from userllm.evaluation.questions import Answers, Ask, Question
 from userllm.pipeline import Run
-from userllm.saved_model import fill_weights, saved_encoder, saved_vocabulary
+from userllm.saved_model import read_description, saved_reader
 
 SHARD = 1024
 """Users that a worker embeds at once."""
@@ -55,24 +54,12 @@ def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndar
     device = next(encoder.parameters()).device
     found = torch.zeros(len(rows), encoder.width)
     known = torch.zeros(len(rows), dtype=torch.bool)
-    for places in _by_length(rows[:, 2] - rows[:, 1]):
+    for places in alike_in_length((rows[:, 2] - rows[:, 1]).tolist(), BATCH_EVENTS):
         embeddings, mask = encoder(stored.batch(rows[places]).to(device))
         last = embeddings[torch.arange(len(places), device=device), (mask.sum(1) - 1).clamp_min(0)]
         known[places] = mask.any(1).cpu()
         found[places] = (last.float() * mask.any(1, keepdim=True)).cpu()
     return found, known
-
-
-def _by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Places of histories, as many as ``BATCH_EVENTS`` allows, the shortest first."""
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * max(1, lengths[order[stop]]) <= BATCH_EVENTS:
-            stop += 1
-        yield order[start:stop]
-        start = stop
 
 
 class Embedder:
@@ -84,8 +71,8 @@ class Embedder:
     def __init__(self, folder: Path, data: Path, shard: int = SHARD, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.encoder, collator = _saved_encoder(folder)
-        self.encoder.to(processes.device())
+        encoder, collator = saved_reader(folder, read_description(folder), None)
+        self.encoder = encoder.requires_grad_(False).eval().to(processes.device())
         self.dataset = Dataset.open(data)
         self.stored = StoredHistories(self.dataset, collator.vocabulary)
         self.shard = shard
@@ -109,21 +96,6 @@ class Embedder:
                 "embedding": embeddings,
             }
         ).with_columns(pl.when(pl.Series(known.numpy())).then("embedding"))
-
-
-def _saved_encoder(folder: Path) -> tuple[UserEncoder, HistoryCollator]:
-    """The encoder of a saved model, and what makes batches for it."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no model there (no config.json); give the folder save_pretrained wrote")
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    items = pl.read_parquet(folder / "items.parquet")
-    collator = HistoryCollator(items, saved_vocabulary(folder, saved))
-    encoder = saved_encoder(file, saved, None)
-    fill_weights(encoder.state_dict(), folder / "encoder.safetensors")
-    if isinstance(encoder, TextEncoder):
-        encoder.use(TextStore.read(folder / "sentences"), encoder.config.texts(items, collator.vocabulary))
-    return encoder.requires_grad_(False).eval(), collator
 
 
 def embed_users(

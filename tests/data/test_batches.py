@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from userllm.data import BatchConfig, LengthBucketSampler, Split, SplitConfig, TrainingSequences
+from userllm.data.batches import alike_in_length
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=30)
 
@@ -197,3 +198,16 @@ def test_budgets_that_make_no_sense():
         LengthBucketSampler(sequences, BatchConfig(events=None))
     with pytest.raises(ValueError, match="max_length"):
         TrainingSequences(split, 0)
+
+
+@pytest.mark.parametrize(("events", "most"), [(1, None), (12, None), (12, 2), (1000, None)])
+def test_histories_of_alike_length_go_together_once_each(events, most):
+    lengths = [5, 0, 3, 12, 1, 3, 40, 2, 0]
+    batches = list(alike_in_length(lengths, events, most))
+    places = [place for batch in batches for place in batch]
+    assert sorted(places) == list(range(len(lengths)))
+    assert [lengths[place] for place in places] == sorted(lengths)
+    for batch in batches:
+        padded = len(batch) * max(1, *(lengths[place] for place in batch), 0)
+        assert len(batch) == 1 or (padded <= events and len(batch) <= (most or len(batch)))
+    assert list(alike_in_length([], events, most)) == []

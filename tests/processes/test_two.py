@@ -79,6 +79,18 @@ def as_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     return be
 
 
+def shares_make_the_whole(known, step, count, as_process) -> list:
+    """What one process knows of a step, which is also what so many know together."""
+    as_process(0, 1)
+    whole = known(step)
+    shares = []
+    for number in range(count):
+        as_process(number, count)
+        shares += known(step)
+    assert sorted(shares) == sorted(whole)
+    return whole
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_the_shares_of_a_batch_are_the_batch(count, as_process, stored, split, make_user_llm, dataset):
     """Every example once, in one of the shares, also where there are more processes than users."""
@@ -92,13 +104,7 @@ def test_the_shares_of_a_batch_are_the_batch(count, as_process, stored, split, m
         return list(zip(map(tuple, seen), examples.task.tolist(), examples.answers.tolist(), strict=True))
 
     for step in range(5):
-        as_process(0, 1)
-        whole = known(step)
-        shares = []
-        for number in range(count):
-            as_process(number, count)
-            shares += known(step)
-        assert sorted(shares) == sorted(whole)
+        shares_make_the_whole(known, step, count, as_process)
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -113,13 +119,7 @@ def test_the_shares_of_a_pretraining_batch_are_the_batch(count, as_process, stor
 
     smallest = 99
     for step in range(2 * batches.per_epoch):
-        as_process(0, 1)
-        whole = known(step)
-        shares = []
-        for number in range(count):
-            as_process(number, count)
-            shares += known(step)
-        assert sorted(shares) == sorted(whole)
+        whole = shares_make_the_whole(known, step, count, as_process)
         smallest = min(smallest, len(whole))
     assert smallest < 5  # so that some process of five had none
 

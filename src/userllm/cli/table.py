@@ -79,31 +79,12 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 FILTERS = (
-    "after",
-    "before",
-    "at_least",
-    "repeated",
-    "min_item_events",
-    "min_user_events",
-    "on_bad_rows",
-    "memory",
-)
+    "after", "before", "at_least", "repeated", "min_item_events", "min_user_events", "on_bad_rows", "memory",
+)  # fmt: skip
 TABLE = (
-    *(
-        "spec",
-        "user",
-        "item",
-        "time",
-        "time_unit",
-        "fields",
-        "text",
-        "items",
-        "item_key",
-        "title",
-        "category",
-    ),
-    *("category_separator", "format", "separator", "header"),
-)
+    "spec", "user", "item", "time", "time_unit", "fields", "text", "items", "item_key", "title", "category",
+    "category_separator", "format", "separator", "header",
+)  # fmt: skip
 REVIEWS = ("catalogue", "translated")
 NOT_SETTINGS = ("name", "path", "out", "command")
 

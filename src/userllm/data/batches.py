@@ -1,8 +1,9 @@
-"""Training chunks and their order: pure functions of (seed, epoch), so that a resumed run sees the same batches."""
+"""Training chunks and their order: pure functions of (seed, epoch), so that a resumed run sees the same batches; and
+batches of alike length for what is read once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "Row",
     "StoredHistories",
     "TrainingSequences",
+    "alike_in_length",
     "encode_histories",
     "encode_user_history",
 ]
@@ -173,3 +175,18 @@ class LengthBucketSampler(Sampler[list[int]]):
         pools = self._batch_of(order) // self.config.pool
         lengths = self.sequences.lengths[order]
         return order[np.lexsort((np.where(pools % 2 == 0, lengths, -lengths), pools))]
+
+
+def alike_in_length(lengths: Sequence[int], events: int, most: int | None = None) -> Iterator[list[int]]:
+    """Places of histories of these lengths in batches, the shortest first.
+
+    A batch holds at most ``events`` events, padding included, and ``most`` histories; one history at least.
+    """
+    batch: list[int] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if batch and (len(batch) == most or (len(batch) + 1) * max(1, lengths[place]) > events):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

@@ -81,6 +81,7 @@ class ClosedEvaluator:
         self.model, self.dataset, self.split, self.stored = model, dataset, split, stored
         self.encoder, self.config, self.progress, self.ask = encoder, config, progress, ask
         self._known = cache(self._asked)
+        self._ordered = cache(lambda name: by_length(self._known(name)[0], ENCODER_BATCH))
         self.users = EvaluatedUsers.draw(split, config, model.encoder.max_length, seed)
         self.rows, self.available, self.other = self.users.rows, self.users.available, self.users.other
         self.answered: dict[str, tuple[np.ndarray, dict[str, Answered]]] = {}
@@ -209,7 +210,7 @@ class ClosedEvaluator:
 
     def _encoder(self, name: str) -> Answered:
         said = joined(self.ask(self._of(name, "encoder"), self.answer))
-        back = np.argsort(np.concatenate(by_length(self._known(name)[0], ENCODER_BATCH)))
+        back = np.argsort(np.concatenate(self._ordered(name)))
         return Answered(said["ranks"][back], said["log_likelihood"][back])
 
     @torch.no_grad()
@@ -220,7 +221,7 @@ class ClosedEvaluator:
         """
         rows, targets, other = self._known(question.task)
         if question.system == "encoder":
-            part = by_length(rows, ENCODER_BATCH)[question.start // ENCODER_BATCH]
+            part = self._ordered(question.task)[question.start // ENCODER_BATCH]
             self.encoder.eval()
             ranks, logliks = encoder_answers(
                 self.encoder, self.stored, self.dataset, rows[part], self.config.exclude_seen

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from userllm.data.batches import alike_in_length
 from userllm.data.collation import StoredHistories
 from userllm.data.store import Dataset
 from userllm.errors import UserError
@@ -160,14 +161,8 @@ class DatasetUsers:
         if keep.keys_values:
             made += side.window * 2 * sum(block.key.out_features for block in side.blocks.values())
         most = max(1, BATCH_NUMBERS // max(1, made))
-        batch: list[int] = []
-        for user in sorted(users, key=length):
-            if batch and (len(batch) == most or (len(batch) + 1) * max(1, length(user)) > BATCH_EVENTS):
-                yield batch
-                batch = []
-            batch.append(user)
-        if batch:
-            yield batch
+        for places in alike_in_length([length(user) for user in users], BATCH_EVENTS, most):
+            yield [users[place] for place in places]
 
 
 def embed(

@@ -21,7 +21,7 @@ from userllm.data.count_filters import CountFilters
 from userllm.data.in_turn import ahead, aside
 from userllm.data.sources.csv_rows import csv_rows
 from userllm.data.sources.event_filters import OnBadRows
-from userllm.data.sources.event_rows import EventRows, Rejects
+from userllm.data.sources.event_rows import SHOWN, EventRows, Rejects
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.json_rows import json_rows, parquet_rows
 from userllm.data.sources.list_column import list_column
@@ -30,8 +30,6 @@ from userllm.data.sources.table_config import ItemsConfig, TableConfig
 from userllm.data.sources.values import TimeReader
 from userllm.data.store import Dataset
 from userllm.errors import UserError
-
-SHOWN = 60
 
 
 def prepare_table(config: TableConfig, out: Path, name: str = "table") -> Dataset:
