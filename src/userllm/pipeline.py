@@ -53,6 +53,7 @@ from userllm.evaluation.questions import Ask, Question
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
 from userllm.events import UserHistory
+from userllm.freed_memory import keep_freed_memory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
@@ -92,6 +93,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if processes.device().type == "cpu":
+            keep_freed_memory()
         file, text = self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             _write(file, text)

@@ -1,0 +1,34 @@
+"""Memory that is freed stays with the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FREED = """
+import resource, sys, torch
+from userllm.freed_memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(32 << 20)  # 128 MiB: 32,768 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_the_second_large_tensor_needs_no_new_pages():
+    pages = {
+        way: int(
+            subprocess.run(
+                [sys.executable, "-c", FREED, way], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for way in ("keep", "hand back")
+    }
+    assert pages["hand back"] > 50  # or there was nothing to gain: few, where the kernel gives huge pages
+    assert pages["keep"] < pages["hand back"] / 10
