@@ -240,9 +240,11 @@ def text_prompt_rows(result: dict[str, Any]) -> list[str]:
 
 PREPARED = {
     "userllm": "userllm, ids are whole numbers (`data prepare movielens`)",
-    "pandas": "pandas, the same",
+    "pandas": "pandas, the least that will do",
+    "pandas_whole": "pandas, the same whole",
     "userllm_table": "userllm, ids are text (`data prepare table`)",
-    "pandas_text": "pandas, the same",
+    "pandas_text": "pandas, the least that will do",
+    "pandas_text_whole": "pandas, the same whole",
 }
 
 
@@ -265,11 +267,15 @@ def prepare_rows(result: dict[str, Any]) -> list[str]:
     lines += ["", f"From opening the dataset to the first training batch: {starts:.2f} s."]
     if "over_pandas_seconds" in result:
         lines.append("")
-        for way, label in (("userllm", "whole numbers"), ("userllm_table", "text")):
+        labels = {
+            "pandas": "ids are whole numbers, the least that will do",
+            "pandas_whole": "ids are whole numbers, the same whole",
+            "pandas_text": "ids are text, the least that will do",
+            "pandas_text_whole": "ids are text, the same whole",
+        }
+        for way, label in labels.items():
             wall, cpu = result["over_pandas_seconds"][way], result["over_pandas_cpu_s"][way]
-            lines.append(
-                f"- Over pandas, ids are {label}: {spread(wall)} in seconds, {spread(cpu)} in CPU seconds."
-            )
+            lines.append(f"- Over pandas, {label}: {spread(wall)} in seconds, {spread(cpu)} in CPU seconds.")
         lines += [
             "",
             f"The machine's load average was {result['load_average'][0]:g} at the end, these processes included. "
