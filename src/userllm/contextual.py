@@ -11,14 +11,20 @@ written out as text before the prompt. What stands before the prompt is the user
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
@@ -40,7 +46,7 @@ from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
 from userllm.tasks import ClosedTask, OpenTask, Task
-from userllm.text_in_lm import TextInLM
+from userllm.text_in_lm import TextInLM, TextTreeInLM
 
 
 @dataclass
@@ -374,9 +380,9 @@ class ContextualLM(nn.Module):
     ) -> Ranking:
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
         with torch.no_grad(), self.conditioned(users):
-            state = TextInLM(self, len(users), task, context=users)
+            texts = TextTreeInLM if self.reads_trees else TextInLM
             return search_answers(
-                state,
+                texts(self, len(users), task, context=users),
                 self.answers[task],
                 self.head,
                 len(users),
@@ -473,6 +479,38 @@ class ContextualLM(nn.Module):
         """Whether the prompt but its last token is read before anything attends to user tokens."""
         return self.config.attend == "answer" and len(self.attachment.blocks) > 0 and not self.has_encoder
 
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether the LM reads several texts side by side as it reads each alone: told what each token sees, and where
+        each stands. It is tried once; LMs whose layers forget (sliding windows) or count tokens themselves do not.
+        """
+        layers = DynamicCache(config=self.lm.config).layers
+        decoder = self.lm.get_decoder()
+        if (
+            self.has_encoder
+            or any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+            or self.lm.config.get_text_config()._attn_implementation not in ("sdpa", "eager")
+            or "position_ids" not in inspect.signature(decoder.forward).parameters
+        ):
+            return False
+        size = self.lm.config.get_text_config().vocab_size
+        ids = (
+            torch.arange(5, device=self.lm.device)[None] * 7919 % size
+        )  # two of a prompt, two beside, one behind
+        training = self.lm.training
+        self.lm.eval()
+        with torch.no_grad(), self.without_user():
+            alone = self._hidden(ids[:, [0, 1, 3, 4]])[:, -1]
+            cache = DynamicCache(config=self.lm.config)
+            self._hidden(ids[:, :2], None, cache)
+            sees = torch.ones(1, 3, 5, dtype=torch.bool, device=ids.device).tril(2)
+            sees[:, 1:, 2] = False
+            positions = torch.tensor([[2, 2, 3]], device=ids.device)
+            beside = self._hidden(ids[:, 2:], None, cache, sees, positions=positions)[:, -1]
+        self.lm.train(training)
+        off = float((alone - beside).float().norm() / alone.float().norm())
+        return off < (1e-3 if self.lm.dtype in (torch.float32, torch.float64) else 5e-2)
+
     def source_of(self, task: str, users: UserContext | None, rows: int) -> Source:
         """What an encoder-decoder LM's decoder reads from when it answers a closed task, for ``rows`` texts.
 
@@ -528,13 +566,15 @@ class ContextualLM(nn.Module):
         cache: DynamicCache | EncoderDecoderCache | None = None,
         mask: Tensor | None = None,
         source: Source | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states [R, T, D] of token ids [R, T] or embeddings [R, T, D].
 
         source: what the decoder of an encoder-decoder LM reads from, one per text; ``mask`` means nothing to it.
 
         mask: of everything read so far and of this text, where there is padding on the left. Padding on the right
-        needs none: no position sees it.
+        needs none: no position sees it. With ``positions`` [R, T], the text is several texts side by side, and the mask
+        [R, T, S] says of each of its tokens what it sees of everything read so far and of this text.
         """
         if cache is not None and self.lm.training and self._checkpointed:
             raise UserError(
@@ -543,6 +583,10 @@ class ContextualLM(nn.Module):
         left = {}
         if source is not None:
             left = {"encoder_hidden_states": source.states, "encoder_attention_mask": source.mask.long()}
+        elif mask is not None and positions is not None:
+            closed = torch.zeros(mask.shape, dtype=self.lm.dtype, device=mask.device)
+            closed = closed.masked_fill(~mask, torch.finfo(self.lm.dtype).min)
+            left = {"attention_mask": closed[:, None], "position_ids": positions}
         elif mask is not None:
             left = {"attention_mask": mask.long(), "position_ids": position_ids(mask)[:, -text.shape[1] :]}
         given = {"input_ids" if text.ndim == 2 else "inputs_embeds": text}

@@ -1,4 +1,11 @@
-"""Texts of several users inside a contextualised language model, read on token by token: what decoding works on."""
+"""Texts of several users inside a contextualised language model, read on token by token: what decoding works on.
+
+    TextInLM      a row of the LM's batch per text; keys and values are copied to the rows that go on from them
+    TextTreeInLM  a row per user, which holds all their texts as branches behind the prompt; nothing is copied
+
+A user's beams share what stands before the answer. As rows of their own, each of them carries keys and values of a
+history of hundreds of tokens along, copied anew at every step; as branches they share one.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +80,59 @@ class TextInLM:
         return other
 
     def _read(self, input_ids: Tensor, states: Tensor | None) -> Tensor:
+        """Read on, the same number of tokens in every row; the hidden states of the last one, [R, D]."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
         hidden = self.model._hidden(input_ids, states, self.cache, self.mask, self.source)
+        self._stand_in(states)
+        return hidden[:, -1]
+
+    def _stand_in(self, states: Tensor | None) -> None:
+        """Keep the length of layers that were skipped."""
         if states is not None and isinstance(self.cache, DynamicCache):
             # skipped layers cache nothing; the LM reads its text length off the first layer, so leave a stand-in there
-            stand_in = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1, device=hidden.device)
+            stand_in = torch.zeros(*states.shape[:1], 1, states.shape[1], 1, device=states.device)
             for layer in self.cache.layers[: self.model.attachment.first]:
                 assert isinstance(layer, DynamicLayer)
                 layer.update(stand_in, stand_in)
-        return hidden[:, -1]
+
+
+class TextTreeInLM(TextInLM):
+    """The same, with all texts of a user in one row: see ``ContextualLM.reads_trees`` for the LMs that can.
+
+    Each step appends one token per text. A token sees the prompt and the tokens of its own text, and stands where it
+    would stand in that text alone.
+    """
+
+    def start(self, prompt_ids: Tensor) -> Tensor:
+        """Read the prompt for every user: [B, D]."""
+        hidden = super().start(prompt_ids)
+        before = self.cache.get_seq_length() if self.mask is None else self.mask.shape[1]
+        self._before = (
+            hidden.new_ones(self.users, before, dtype=torch.bool) if self.mask is None else self.mask
+        )
+        self._own = hidden.new_zeros(self.users, 1, 0, dtype=torch.bool)
+        self._depth = 0
+        return hidden
+
+    def advance(self, tokens: Tensor, nodes: Tensor, parents: Tensor) -> Tensor:
+        """One more token for texts that continue ``parents``: [R, D]."""
+        users, before = len(self._own), self._own.shape[1]
+        count = len(tokens) // users
+        parents = parents.view(users, count) - before * torch.arange(users, device=parents.device)[:, None]
+        own = self._own.gather(1, parents[..., None].expand(-1, -1, self._own.shape[2]))
+        itself = torch.eye(count, dtype=torch.bool, device=own.device).expand(users, -1, -1)
+        self._own = torch.cat([own, itself], dim=2)
+        seen = torch.cat([self._before[:, None].expand(-1, count, -1), self._own], dim=2)
+        positions = (self._before.sum(1) + self._depth)[:, None].expand(-1, count)
+        self._depth += 1
+        states = None
+        if self.lower is not None:
+            states = self.lower.nodes[self.lower.row[nodes]].view(users, count, -1)
+        hidden = self.model._hidden(tokens.view(users, count), states, self.cache, seen, None, positions)
+        self._stand_in(states)
+        return hidden.flatten(0, 1)
+
+    def fork(self) -> TextInLM:
+        """Raises NotImplementedError: a tree is not copied."""
+        raise NotImplementedError("a tree of texts is not forked; use TextInLM")

@@ -109,6 +109,24 @@ def test_every_way_to_a_score_agrees(make_model, histories, architecture, normal
     close(nobody, expected[2])  # the user without events
 
 
+@pytest.mark.parametrize("attend", ["text", "answer"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_side_by_side_equal_texts_in_rows(make_model, histories, architecture, attend):
+    """Few beams, so that texts are dropped and continued twice on the way."""
+    model = make_model(architecture, attend=attend)
+    with torch.no_grad():
+        users = model.context(histories)
+    assert model.reads_trees == (architecture != "gemma3")  # whose sliding windows forget
+    for _ in range(2):
+        side_by_side = model.rank_answers("next_item", users, k=5, beams=3)
+        model.reads_trees = False
+        rows = model.rank_answers("next_item", users, k=5, beams=3)
+        assert torch.equal(side_by_side.answers, rows.answers)
+        close(side_by_side.scores, rows.scores)
+        del model.reads_trees
+        model.store_lower_states()
+
+
 @every_normalization
 @pytest.mark.parametrize("layers", ["all", "every:2", "last:1"])
 def test_other_fused_layers_and_a_perceiver(make_model, histories, normalization, layers):
@@ -141,6 +159,7 @@ def test_lms_whose_layers_return_tuples(make_model, histories, name, attend):
     model.check_head()
     with torch.no_grad():
         users = model.context(histories)
+    assert model.reads_trees == (name == "gptj")  # bloom counts its tokens itself
     expected = by_full_forward(model, "next_item", users, "catalogue")
     for _ in range(2):
         ranking = model.rank_answers("next_item", users, k=20, beams=20)
