@@ -14,15 +14,16 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from userllm.experiments.efficiency import LENGTH_WAYS
 from userllm.report.figures import STYLE
 
-LABELS = {
-    "text_prompt": ("Text Prompt", "#c0392b", "s-"),
-    "soft_prompt": ("soft prompt", "#d9a13b", "D-"),
-    "cross_attention": ("cross-attention", "#1f5fa8", "o-"),
-    "perceiver": ("cross-attention, Perceiver", "#2f8f83", "^-"),
-    "tokens_kept": ("cross-attention, user tokens kept", "#5b8fc9", "o--"),
-    "keys_values_kept": ("cross-attention, keys and values kept", "#b58bc4", "v--"),
+LINES = {
+    "text_prompt": "s-",
+    "soft_prompt": "D-",
+    "cross_attention": "o-",
+    "perceiver": "^-",
+    "tokens_kept": "o--",
+    "keys_values_kept": "v--",
 }
 
 
@@ -41,11 +42,13 @@ def draw(result: dict[str, Any], file: Path) -> None:
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 3).flat
         for axis, (title, value) in zip(axes, panels.items(), strict=True):
-            for name, (label, colour, style) in LABELS.items():
+            for name, (label, colour) in LENGTH_WAYS.items():
                 points = [(int(n), value(cell)) for n, cell in result["cells"][name].items()]
                 points = [(n, y) for n, y in points if y is not None and y > 0]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=5)
+                    axis.plot(
+                        *zip(*points, strict=True), LINES[name], color=colour, label=label, markersize=5
+                    )
             axis.set(xscale="log", yscale="log")
             axis.set_title(title, fontsize=12, loc="left")
             axis.set_xticks(result["lengths"], [str(n) for n in result["lengths"]])

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from userllm.experiments.efficiency import LENGTH_WAYS
+
 Cell = dict[str, Any]
-WAYS = {
-    "text_prompt": "Text Prompt",
-    "soft_prompt": "User-LLM, soft prompt",
-    "cross_attention": "User-LLM, cross-attention",
-    "perceiver": "User-LLM, cross-attention, Perceiver",
-    "tokens_kept": "User-LLM, user tokens kept",
-    "keys_values_kept": "User-LLM, keys and values kept",
-}
+WAYS = {way: label for way, (label, _) in LENGTH_WAYS.items()}
 
 
 def efficiency_rows(result: dict[str, Any]) -> list[str]:
