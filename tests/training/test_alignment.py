@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from userllm.errors import UserError
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
-from userllm.training.alignment import Alignment, AlignmentConfig, align, title_embeddings
+from userllm.training.alignment import AlignmentConfig, TextAlignment, TitleAlignment, align, title_embeddings
 from userllm.training.examples import ExampleBatches
 from userllm.training.trainer import OptimizationConfig
 
@@ -41,7 +41,7 @@ def test_titles_are_means_of_token_embeddings(make_user_llm):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_loss_is_a_softmax_over_the_catalogue(make_user_llm, dataset, split, stored, fusion):
     model = make_user_llm(**FUSIONS[fusion])
-    step, config = Alignment(model, 0.2), config_of()
+    step, config = TitleAlignment(model, 0.2), config_of()
     examples = ExampleBatches(model, dataset, split, stored, config, seed=0).batch(0)["examples"]
     with torch.no_grad():
         loss = step(examples)["loss"]
@@ -58,6 +58,43 @@ def test_the_loss_is_a_softmax_over_the_catalogue(make_user_llm, dataset, split,
             log_p = torch.log_softmax(F.cosine_similarity(shown[None], titles) / 0.2, 0)
             total, count = total - float(log_p[answer]), count + 1
     assert float(loss) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_soft_prompts_are_compared_with_their_own_events_words(make_user_llm, dataset, split, stored):
+    model = make_user_llm(kind="soft_prompt")
+    step, config = TextAlignment(model, " {title} ({genres});"), config_of()
+    examples = ExampleBatches(model, dataset, split, stored, config, seed=0).batch(0)["examples"]
+    table = model.lm.get_input_embeddings().weight
+    shown, meant = [], []
+    with torch.no_grad():
+        loss = step(examples)["loss"]
+        for row, end in zip(examples.rows.tolist(), examples.ends.tolist(), strict=True):
+            users = model.context(examples.histories.select(torch.tensor([row])), ends=torch.tensor([end]))
+            shown.append(model.soft_prompt.project(users.tokens[users.mask]))
+            for place in range(max(0, end - model.window), end):
+                item = int(examples.histories.fields["item"][row, place])
+                genres = [int(g) for g in examples.histories.fields["genres"][row, place] if g > 0]
+                title = step.words.values["title"][item]
+                text = f" {title} ({', '.join(step.words.values['genres'][g] for g in genres)});"
+                ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+                meant.append(table[torch.tensor(ids)].mean(0))
+    shown, meant = torch.cat(shown), torch.stack(meant)
+    assert float(loss) == pytest.approx(float(F.mse_loss(shown, meant) / meant.square().mean()), rel=1e-4)
+
+
+def test_prompts_learn_to_be_read(make_user_llm, dataset, split, stored, tmp_path):
+    model = make_user_llm(kind="soft_prompt", stir=False)
+    config = config_of(to="own_text", steps=40)
+    losses = [
+        e["alignment"] for e in align(model, dataset, split, stored, config, tmp_path, 0) if "alignment" in e
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("fusion", ["cross", "perceiver"])
+def test_own_text_needs_a_soft_prompt_per_event(make_user_llm, fusion):
+    with pytest.raises(UserError, match="a soft prompt per event"):
+        TextAlignment(make_user_llm(**FUSIONS[fusion]), " {title}")
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -98,4 +135,4 @@ def test_it_comes_before_contextualization(run_contextualize, tmp_path):
 
 def test_it_needs_user_tokens(make_user_llm):
     with pytest.raises(UserError, match="no user tokens to align"):
-        Alignment(make_user_llm("lora", kind="none", text=HistoryTextConfig(events=2)), 1.0)
+        TitleAlignment(make_user_llm("lora", kind="none", text=HistoryTextConfig(events=2)), 1.0)

@@ -94,7 +94,7 @@ class HistoryText:
         """
         texts = [
             [*self.lead, *(token for _, tokens in events for token in tokens), *self.close] if events else []
-            for events in self._histories(histories, rows, ends)
+            for events in self.events(histories, rows, ends)
         ]
         return padded_on_the_left(texts, rows.device)
 
@@ -103,10 +103,10 @@ class HistoryText:
         lead, close = self.config.lead, self.config.close
         return [
             f"{lead}{''.join(text for text, _ in events)}{close}" if events else ""
-            for events in self._histories(histories, rows, ends)
+            for events in self.events(histories, rows, ends)
         ]
 
-    def _histories(
+    def events(
         self, histories: HistoryBatch, rows: Tensor, ends: Tensor
     ) -> Iterator[list[tuple[str, list[int]]]]:
         """Text and tokens of the events shown of each example's history, oldest first."""

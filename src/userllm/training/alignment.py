@@ -1,17 +1,23 @@
 """An optional first step of stage 2: user embeddings are brought into the language model's own space (ours).
 
-Contrastive, between what the fusion makes of a user's latest token and the language model's embeddings of the title
-that came next: a softmax over the whole catalogue, no pass through the language model. The papers start stage 2 from a
-random projection; theirs is the default.
+No pass through the language model. The papers start stage 2 from a random projection; theirs is the default. Two kinds:
+
+``next_title``: contrastive, between what the fusion makes of a user's latest token and the language model's embeddings
+of the title that came next, a softmax over the whole catalogue.
 
     soft prompt       the projected user token          against the mean *input* embedding of a title's tokens
     cross-attention   the topmost block's value -> out  against the mean *output* embedding of a title's tokens
+
+``own_text``, for soft prompts: each event's soft prompt against the mean input embedding of that event's own text. The
+LM then begins with a history it can read: its words, one place per event.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +28,8 @@ from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.errors import UserError
-from userllm.model import UserLLM
+from userllm.fusion.history_text import HistoryText, HistoryTextConfig
+from userllm.model import UserLLM, event_texts
 from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.trainer import (
     OptimizationConfig,
@@ -37,6 +44,10 @@ from userllm.training.trainer import (
 class AlignmentConfig:
     """The alignment step."""
 
+    to: Literal["next_title", "own_text"] = "next_title"
+    """What user tokens are aligned to: the title that came next, or (soft prompts only) their own event's text."""
+    event: str = " {title};"
+    """Of own_text: the text of an event, as in ``fusion.text.event``."""
     steps: int = 300
     """Optimiser steps."""
     histories: int = 64
@@ -44,15 +55,15 @@ class AlignmentConfig:
     examples_per_history: int = 8
     """Points in time drawn from one pass over a user's history."""
     temperature: float = 0.07
-    """Divides the cosine similarities."""
+    """Of next_title: divides the cosine similarities."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=1e-3))
     """Optimiser and schedule."""
     encoder_rate: float = 0.1
     """Factor on the encoder's learning rate."""
 
 
-class Alignment(nn.Module):
-    """Cross-entropy, in nats over the catalogue, of the next item under cosine similarities.
+class TitleAlignment(nn.Module):
+    """Kind ``next_title``. Cross-entropy, in nats over the catalogue, of the next item under cosine similarities.
 
     Raises UserError where the model has no next-item task, or no user tokens at all.
     """
@@ -63,7 +74,7 @@ class Alignment(nn.Module):
         self.temperature = temperature
         names = [name for name, task in model.tasks.items() if task.config.kind == "next_item"]
         if not names:
-            raise UserError("contextualize.alignment needs a task of kind next_item")
+            raise UserError("contextualize.alignment to next_title needs a task of kind next_item")
         if model.config.kind == "none":
             raise UserError("contextualize.alignment: fusion.kind none has no user tokens to align")
         self.task = names[0]
@@ -95,6 +106,43 @@ class Alignment(nn.Module):
         return update
 
 
+class TextAlignment(nn.Module):
+    """Kind ``own_text``. Mean squared distance of soft prompts to the mean embedding of their events' words.
+
+    In units of the LM's embeddings: 1 is what a prompt of zeros would have. event: template of an event's text. Raises
+    UserError where there are no soft prompts, one per event.
+    """
+
+    def __init__(self, model: UserLLM, event: str):
+        super().__init__()
+        if model.soft_prompt is None or model.config.perceiver is not None:
+            raise UserError(
+                "contextualize.alignment to own_text needs a soft prompt per event: fusion.kind soft_prompt without a "
+                "Perceiver"
+            )
+        self.model = model
+        self.project = model.soft_prompt.project
+        words = HistoryTextConfig(events=model.window, lead="", event=event, close="", max_tokens=sys.maxsize)
+        self.words = HistoryText(words, event_texts(model.collator), model.tokenizer)
+
+    def forward(self, examples: Examples) -> dict[str, Tensor]:
+        """See the class."""
+        device = self.model.lm.device
+        histories, rows, ends = examples.histories, examples.rows, examples.ends
+        users = self.model.context(histories.to(device), rows.to(device), ends.to(device))
+        events = [words for history in self.words.events(histories, rows, ends) for _, words in history]
+        starts = torch.tensor([0, *map(len, events)], device=device).cumsum(0)[:-1]
+        words = torch.tensor([word for event in events for word in event], dtype=torch.long, device=device)
+        table: Tensor = self.model.lm.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
+        target = F.embedding_bag(words, table, starts, mode="mean")
+        prompts: Tensor = self.project(users.tokens[users.mask])
+        distance = (prompts.float() - target).square().sum(-1) / target.square().sum(-1).mean().clamp_min(
+            1e-12
+        )
+        loss = distance.sum() / processes.share(len(events))
+        return {"loss": loss, "alignment": loss}
+
+
 def title_embeddings(model: UserLLM, task: str, output: bool) -> Tensor:
     """Mean embedding [N, D] of each answer's tokens in the LM's output (or input) table."""
     layer = model.lm.get_output_embeddings() if output else model.lm.get_input_embeddings()
@@ -115,7 +163,11 @@ def align(
     seed: int,
 ) -> list[dict[str, float]]:
     """Align ``model`` in place; resumes from ``folder``, and is skipped where it has been done. Returns the log."""
-    step = Alignment(model, config.temperature)
+    step = (
+        TitleAlignment(model, config.temperature)
+        if config.to == "next_title"
+        else TextAlignment(model, config.event)
+    )
     done = folder / "aligned.safetensors"
     if done.exists():
         load_trainable(step, done)
