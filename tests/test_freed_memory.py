@@ -32,3 +32,27 @@ def test_the_second_large_tensor_needs_no_new_pages():
     }
     assert pages["hand back"] > 50  # or there was nothing to gain: few, where the kernel gives huge pages
     assert pages["keep"] < pages["hand back"] / 10
+
+
+LEFT = """
+import torch
+from pathlib import Path
+from userllm.freed_memory import hand_back, keep_freed_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+keep_freed_memory()
+large = torch.ones(32 << 20)
+with_it = resident()
+last = torch.ones(1000)  # above the hole that is left
+del large
+kept = resident()
+hand_back()
+print(with_it - kept, with_it - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_what_is_free_is_handed_back_when_asked():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=True)
+    kept, handed = map(int, done.stdout.split())
+    assert kept < 1000 and handed > 30_000  # of 32,768 pages

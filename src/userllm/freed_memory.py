@@ -10,16 +10,25 @@ from __future__ import annotations
 import ctypes
 import platform
 
+_keeps = False
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
 def keep_freed_memory() -> bool:
     """From now on, memory that this process frees stays with it for the next tensor. Returns whether it was arranged.
 
-    The process looks as large as it was at its peak until it ends. False where the C library is not glibc (macOS,
-    Windows, Alpine), or another allocator took malloc's place and does not listen.
+    Blocks of many sizes leave holes, so the process grows; ``hand_back`` now and then. False where the C library is not
+    glibc (macOS, Windows, Alpine), or another allocator took malloc's place and does not listen.
     """
+    global _keeps
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, -1))
+    _keeps = bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, -1))
+    return _keeps
+
+
+def hand_back() -> None:
+    """Give the kernel what is free at the moment, if it was kept: between the stages of a run, and every few steps."""
+    if _keeps:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -53,7 +53,7 @@ from userllm.evaluation.questions import Ask, Question
 from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
 from userllm.events import UserHistory
-from userllm.freed_memory import keep_freed_memory
+from userllm.freed_memory import hand_back, keep_freed_memory
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
@@ -536,6 +536,7 @@ class Run:
             "peak_rss_mb": peak_rss_mb(),
         }
         _write(self.folder / "stages.json", json.dumps(records, indent=1))
+        hand_back()
         processes.wait()
         say(f"{name}: {records[name]['seconds']:.0f} s")
 

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from userllm import processes
 from userllm.errors import UserError
+from userllm.freed_memory import hand_back
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
     gathered,
@@ -141,6 +142,7 @@ class StageTrainer(Trainer):
             means = {name: sum(values) / len(values) for name, values in self._parts.items()}
             logs.update({name: processes.total(mean) / processes.count() for name, mean in means.items()})
             self._parts.clear()
+            hand_back()
         # also after resuming: a share of the training
         self.state.epoch = (
             self.state.global_step / self.batches.steps if self.budget is None else self.budget.share
