@@ -11,7 +11,6 @@ written out as text before the prompt. What stands before the prompt is the user
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
@@ -46,7 +41,7 @@ from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
 from userllm.tasks import ClosedTask, OpenTask, Task
-from userllm.text_in_lm import TextInLM, TextTreeInLM
+from userllm.text_in_lm import TextInLM, TextTreeInLM, reads_trees
 
 
 @dataclass
@@ -481,35 +476,8 @@ class ContextualLM(nn.Module):
 
     @cached_property
     def reads_trees(self) -> bool:
-        """Whether the LM reads several texts side by side as it reads each alone: told what each token sees, and where
-        each stands. It is tried once; LMs whose layers forget (sliding windows) or count tokens themselves do not.
-        """
-        layers = DynamicCache(config=self.lm.config).layers
-        decoder = self.lm.get_decoder()
-        if (
-            self.has_encoder
-            or any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
-            or self.lm.config.get_text_config()._attn_implementation not in ("sdpa", "eager")
-            or "position_ids" not in inspect.signature(decoder.forward).parameters
-        ):
-            return False
-        size = self.lm.config.get_text_config().vocab_size
-        ids = (
-            torch.arange(5, device=self.lm.device)[None] * 7919 % size
-        )  # two of a prompt, two beside, one behind
-        training = self.lm.training
-        self.lm.eval()
-        with torch.no_grad(), self.without_user():
-            alone = self._hidden(ids[:, [0, 1, 3, 4]])[:, -1]
-            cache = DynamicCache(config=self.lm.config)
-            self._hidden(ids[:, :2], None, cache)
-            sees = torch.ones(1, 3, 5, dtype=torch.bool, device=ids.device).tril(2)
-            sees[:, 1:, 2] = False
-            positions = torch.tensor([[2, 2, 3]], device=ids.device)
-            beside = self._hidden(ids[:, 2:], None, cache, sees, positions=positions)[:, -1]
-        self.lm.train(training)
-        off = float((alone - beside).float().norm() / alone.float().norm())
-        return off < (1e-3 if self.lm.dtype in (torch.float32, torch.float64) else 5e-2)
+        """See ``text_in_lm.reads_trees``, which is asked once."""
+        return reads_trees(self)
 
     def source_of(self, task: str, users: UserContext | None, rows: int) -> Source:
         """What an encoder-decoder LM's decoder reads from when it answers a closed task, for ``rows`` texts.

@@ -10,18 +10,53 @@ history of hundreds of tokens along, copied anew at every step; as branches they
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from userllm.fusion.attach import UserContext
 from userllm.fusion.source import Source, copied_cache, new_cache
 
 if TYPE_CHECKING:
     from userllm.contextual import ContextualLM
+
+
+def reads_trees(model: ContextualLM) -> bool:
+    """Whether the LM reads texts side by side as it reads each alone, told what each token sees and where it stands.
+
+    It is tried on a few tokens. LMs whose layers forget (sliding windows) or that count their tokens themselves do not,
+    and an encoder-decoder is not asked.
+    """
+    lm, text_config = model.lm, model.lm.config.get_text_config()
+    if (
+        model.has_encoder
+        or any(
+            isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=lm.config).layers
+        )
+        or text_config._attn_implementation not in ("sdpa", "eager")  # others take no mask of one's own
+        or "position_ids" not in inspect.signature(lm.get_decoder().forward).parameters
+    ):
+        return False
+    prompt, branch, other, further = (
+        torch.arange(4, device=lm.device)[:, None, None] * 7919 % text_config.vocab_size
+    )
+    training = lm.training
+    lm.eval()
+    with torch.no_grad(), model.without_user():
+        alone = model._hidden(torch.cat([prompt, other, further], dim=1))[:, -1]
+        cache = DynamicCache(config=lm.config)
+        model._hidden(prompt, None, cache)
+        sees = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]], dtype=torch.bool, device=lm.device)
+        positions = torch.tensor([[1, 1, 2]], device=lm.device)
+        text = torch.cat([branch, other, further], dim=1)
+        beside = model._hidden(text, None, cache, sees, positions=positions)[:, -1]
+    lm.train(training)
+    off = float((alone - beside).float().norm() / alone.float().norm())
+    return off < (1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2)
 
 
 class TextInLM:
@@ -98,7 +133,7 @@ class TextInLM:
 
 
 class TextTreeInLM(TextInLM):
-    """The same, with all texts of a user in one row: see ``ContextualLM.reads_trees`` for the LMs that can.
+    """The same, with all texts of a user in one row: see ``reads_trees`` for the LMs that can.
 
     Each step appends one token per text. A token sees the prompt and the tokens of its own text, and stands where it
     would stand in that text alone.
