@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from userllm.data.sources.fetch import sha256_of
 from userllm.errors import UserError
@@ -175,3 +176,22 @@ class TestReachingTheHub:
         assert "did not answer within 0.2 s" in pretrained.hub_problem()
         assert time.monotonic() - start < 2
         released.set()
+
+
+@pytest.mark.parametrize(("name", "its_own"), [("t5", 0.1), ("gpt2", 0.1), ("llama", 0.0)])
+def test_dropout_is_what_the_configuration_says(name, its_own):
+    for asked, expected in ((0.25, 0.25), (0.0, 0.0), (None, its_own)):
+        lm, _, reference = load(LanguageModelConfig(f"tiny-random-{name}", dropout=asked))
+        rates = {part.p for part in lm.modules() if isinstance(part, torch.nn.Dropout)}
+        rates |= {
+            part.attention_dropout
+            for part in lm.modules()
+            if isinstance(getattr(part, "attention_dropout", None), float)
+        }
+        assert rates == {expected}
+        assert ("dropout" in reference.source) == (asked is not None)
+
+
+def test_an_lm_that_knows_of_no_dropout_is_refused_one():
+    with pytest.raises(UserError, match="has no dropout; leave it out"):
+        pretrained._set_dropout(PreTrainedConfig(), 0.1)

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -61,6 +62,8 @@ class LanguageModelConfig:
     """Of the matrix products inside the layers of a float32 LM. "bfloat16" trains and answers about twice as fast on
     processors with bfloat16 instructions (AVX512-BF16, AMX), and is slower on others; weights, and everything between
     the products, stay float32. Ours."""
+    dropout: float | None = None
+    """Every dropout inside the LM while it is trained; None: its own configuration's, which is not 0 for T5. Ours."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None: its main branch."""
 
@@ -167,9 +170,14 @@ def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
     resolved = resolve(config)
     transformers_logging.disable_progress_bar()  # it would print a bar per load, a second long
     try:
-        both = AutoConfig.from_pretrained(resolved.folder).is_encoder_decoder
-        loaded: Any = (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(
-            resolved.folder, dtype=getattr(torch, config.dtype), output_loading_info=True
+        own = AutoConfig.from_pretrained(resolved.folder)
+        if config.dropout is not None:
+            source = f"{resolved.source}; {_set_dropout(own, config.dropout)}"
+            resolved = replace(resolved, source=source)
+        loaded: Any = (
+            AutoModelForSeq2SeqLM if own.is_encoder_decoder else AutoModelForCausalLM
+        ).from_pretrained(
+            resolved.folder, config=own, dtype=getattr(torch, config.dtype), output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(resolved.folder)
     except (ValueError, OSError, SafetensorError) as error:
@@ -194,6 +202,24 @@ def load(config: LanguageModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
         resolved = replace(resolved, source=source, products=config.products)
     announce(f"language model {config.name}: {resolved.source}")
     return model.eval(), tokenizer, resolved
+
+
+def _set_dropout(config: PreTrainedConfig, rate: float) -> str:
+    """Sets every dropout inside the LM; says so. Raises UserError where its configuration knows of none."""
+    text_config = config.get_text_config()
+    names = [
+        name
+        for name in text_config.to_dict()
+        if name.endswith(("dropout", "dropout_rate", "pdrop"))
+        and not name.startswith(("classifier", "summary"))
+    ]
+    if not names:
+        raise UserError(
+            f"lm.dropout: a language model of kind {config.model_type} has no dropout; leave it out"
+        )
+    for name in names:
+        setattr(text_config, name, rate)
+    return f"dropout {rate:g}"
 
 
 def resolve(config: LanguageModelConfig) -> ResolvedLM:
