@@ -353,8 +353,8 @@ def recipes_block() -> str | None:
         )
     return "\n".join([
         *lines, "", f"{base['seconds']:.0f} CPU seconds each, one seed, n = {base['n']}, {base['split']}; the "
-        "log-likelihood is the validation event's. `python benchmarks/encoder_recipes.py`, commit "
-        f"{base['commit'][:12]}, {base['date']}, {base['hardware']}.",
+        "log-likelihood is the validation event's. `python benchmarks/encoder_recipes.py --seconds "
+        f"{base['seconds']:.0f}`, commit {base['commit'][:12]}, {base['date']}, {base['hardware']}.",
     ])  # fmt: skip
 
 
