@@ -33,6 +33,10 @@ NEEDS = {  # what a value needs beside it, to mean anything
     "encoder.kind=text": [
         f"encoder={{kind: text, {SMALL}, parts: [title, rating], sentences: all-minilm-l6-v2, sentence_width: 384}}"
     ],
+    "contextualize.alignment.to=own_text": [
+        "fusion.kind=soft_prompt",
+        "contextualize.alignment={steps: 2, histories: 4}",
+    ],
     "encoder.causal=false": ["pretrain=null"],
     "encoder.item_text": ["encoder.item_start=text"],
     "encoder.proposal": ["encoder.item_loss=sampled"],
@@ -73,6 +77,7 @@ OTHERS = [  # settings that are no choice among a few
     ["lm.name=tiny-random-gemma3"],
     ["lm.name=tiny-random-t5"],
     ["lm.name=tiny-random-t5", "fusion.kind=soft_prompt", "contextualize.strategy.name=full"],
+    ["lm.dropout=0.2"],
     ["seed=1"],
 ]  # fmt: skip
 ELSEWHERE = ("data.", "tasks.next_item.kind=review", "evaluation.text.")
