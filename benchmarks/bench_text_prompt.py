@@ -2,7 +2,7 @@
 
 Text Prompt writes the latest 50 events into the prompt (title by title); User-LLM attends to their embeddings. Same LM,
 same tasks, same examples. Encoder, fusion and user tokens are inside every figure of User-LLM's. FLOPs are those that
-torch's counter sees (matrix products and attention). Two pairs, so that like is compared with like:
+torch's counter sees (matrix products and attention), time is CPU seconds. Two pairs, so that like is compared with like:
 
     frozen LM: cross-attention as the configuration has it (strategy enc)  -  Text Prompt answering (nothing trained)
     trained LM: cross-attention, prompt attended to, strategy lora         -  Text Prompt, strategy lora
@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import resource
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,9 @@ def main() -> None:
         name: {"train": way.flops(way.train), "answer": way.flops(way.answer)} for name, way in ways.items()
     }
     rates = {
-        what: alternate({name: getattr(way, what) for name, way in ways.items()}, args.rounds)
+        what: alternate(
+            {name: getattr(way, what) for name, way in ways.items()}, args.rounds, clock=time.process_time
+        )
         for what in ("train", "answer")
     }
     against = [name for name in ways if name != "text_prompt_lora"]
@@ -138,13 +141,13 @@ def main() -> None:
                 what: {name: flops["text_prompt_lora"][what] / flops[name][what] for name in against}
                 for what in ("train", "answer")
             },
-            "examples_per_s": rates,
+            "examples_per_cpu_s": rates,
             "speed_ratio": {
                 what: {name: ratio(rates[what], name, "text_prompt_lora") for name in against}
                 for what in rates
             },
             "peak_memory_lift_mb": lifted,
-            "median_examples_per_s": {
+            "median_examples_per_cpu_s": {
                 what: {name: statistics.median(values) for name, values in rates[what].items()}
                 for what in rates
             },

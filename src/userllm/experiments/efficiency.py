@@ -153,19 +153,19 @@ def _length_figure(told: dict[str, Any]) -> Figure:
 def _in_batches(told: dict[str, Any]) -> list[Part]:
     table = Table(
         f"Batches of {told['users']}, {told['events']} events",
-        "Tokens the LM reads, FLOPs by torch's counter, examples a second (median of repeated runs); encoder and "
+        "Tokens the LM reads, FLOPs by torch's counter, examples a CPU second (median of repeated runs); encoder and "
         f"fusion are inside User-LLM's. {_measured_by(told)}",
         [
             "",
             "LM tokens",
             "FLOPs, training",
             "FLOPs, answering",
-            "examples/s, training",
-            "examples/s, answering",
+            "examples a CPU s, training",
+            "examples a CPU s, answering",
         ],
     )
     for way, called in BATCH_WAYS.items():
-        flops, speed = told["flops_per_example"][way], told["median_examples_per_s"]
+        flops, speed = told["flops_per_example"][way], told["median_examples_per_cpu_s"]
         table.rows.append(
             [
                 called,
@@ -176,7 +176,7 @@ def _in_batches(told: dict[str, Any]) -> list[Part]:
         )
     times = Table(
         "Times less than Text Prompt, in batches",
-        "Time: median of the runs, lowest and highest beside it.",
+        "CPU time: median of the runs, lowest and highest beside it.",
         ["", "LM tokens", *(f"{what}, {does}" for does in _DOES.values() for what in ("FLOPs", "time"))],
     )
     read = told["lm_tokens"]
