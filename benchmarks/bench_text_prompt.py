@@ -2,7 +2,7 @@
 
 Text Prompt writes the latest 50 events into the prompt (title by title); User-LLM attends to their embeddings. Same LM,
 same tasks, same examples. Encoder, fusion and user tokens are inside every figure of User-LLM's. FLOPs are those that
-torch's counter sees (matrix products and attention), time is CPU seconds. Two pairs, so that like is compared with like:
+torch's counter sees (matrix products and attention), time is CPU seconds. Two pairs, like compared with like:
 
     frozen LM: cross-attention as the configuration has it (strategy enc)  -  Text Prompt answering (nothing trained)
     trained LM: cross-attention, prompt attended to, strategy lora         -  Text Prompt, strategy lora
