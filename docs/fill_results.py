@@ -419,6 +419,11 @@ def main() -> None:
             "rent-the-runway-review", "userllm run configs/rent-the-runway-review.yaml"
         ),
         "rent-the-runway-review-texts": examples_block("rent-the-runway-review", "review"),
+        "amazon-review-results": run_block(
+            "amazon-review",
+            "userllm run configs/amazon-review.yaml data.path=reviews_Musical_Instruments_5.json.gz",
+        ),
+        "amazon-review-texts": examples_block("amazon-review", "review"),
         "uem-results": genres_block(),
         "encoder-results": encoder_block(),
         "recipe-results": recipes_block(),
