@@ -1,0 +1,97 @@
+"""What the stages of a run folder were done with, and what they took: stages.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from userllm import processes
+from userllm.freed_memory import hand_back
+from userllm.pipeline.machine import peak_rss_mb
+
+
+class Stages:
+    """Knows which stages of ``folder`` are done. plain: the run's resolved configuration as plain values."""
+
+    def __init__(self, folder: Path, plain: dict[str, Any]):
+        self.folder, self.plain = folder, plain
+
+    @contextmanager
+    def stage(self, name: str, keys: list[str], exists: Callable[[], bool]):
+        """Yields whether the stage has to be done; remembers its settings and seconds once it is.
+
+        A stage whose settings changed starts anew: what the old settings left in its folder is removed.
+        """
+        records = processes.told(lambda: self._begun(name, keys, exists))
+        if records is None:
+            say(f"{name}: done before, skipped")
+            yield False
+            return
+        began, cpu_began = time.time(), time.process_time()
+        yield True
+        cpu = processes.total(time.process_time() - cpu_began)
+        records[name] |= {
+            "done": True,
+            "seconds": round(records[name]["seconds"] + time.time() - began, 1),
+            "cpu_seconds": round(records[name]["cpu_seconds"] + cpu, 1),
+            "peak_rss_mb": peak_rss_mb(),
+        }
+        write(self.folder / "stages.json", json.dumps(records, indent=1))
+        hand_back()
+        processes.wait()
+        say(f"{name}: {records[name]['seconds']:.0f} s")
+
+    def _begun(self, name: str, keys: list[str], exists: Callable[[], bool]) -> dict[str, Any] | None:
+        """What is known of all stages, with this one begun; None where it is done."""
+        record_file = self.folder / "stages.json"
+        records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
+        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
+        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
+        settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        record = records.get(name, {})
+        if record.get("settings") == settings and record.get("done") and exists():
+            return None
+        if record.get("settings") != settings and name in ("pretrain", "contextualize"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        before = record if record.get("settings") == settings else {}
+        spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
+        records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
+        write(record_file, json.dumps(records, indent=1))
+        return records
+
+    def tell_times(self, file: Path) -> None:
+        """Seconds and memory into metrics.json (``file``), which is made inside the stage whose seconds it tells."""
+        metrics, records = json.loads(file.read_text()), json.loads((self.folder / "stages.json").read_text())
+        metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
+        metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
+        metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
+        write(file, json.dumps(metrics, indent=1))
+
+
+def _without_nulls(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
+
+
+def write(file: Path, text: str) -> None:
+    """A file that appears whole, by the main process."""
+    if not processes.is_main():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def say(text: str) -> None:
+    """Progress for a person, from the main process."""
+    if processes.is_main():
+        print(text, flush=True)
