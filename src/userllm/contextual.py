@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from userllm.decoding.answers import Advice, AnswerTexts, ClosedAnswers, LogitHead
+from userllm.closed_answers import answer_losses, scores_of_answers
+from userllm.decoding.answers import Advice, ClosedAnswers, LogitHead
 from userllm.decoding.beam_search import Ranking, search_answers
-from userllm.decoding.exact import score_answers
 from userllm.decoding.next_token import TextDecoding
 from userllm.decoding.prefix_tree import NodeMasses, PrefixTree
 from userllm.encoders import UserEncoder
@@ -40,25 +39,9 @@ from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
+from userllm.lower_states import LowerStates
 from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM, TextTreeInLM, reads_trees
-
-
-@dataclass
-class LowerStates:
-    """Hidden states below the first fused layer for one prompt and its answers: they do not depend on the user.
-
-    prompt [P-1, D], nodes [rows, D]; row [trie nodes] is each node's row in ``nodes``.
-    """
-
-    prompt: Tensor
-    nodes: Tensor
-    row: Tensor
-
-    def of(self, texts: AnswerTexts) -> Tensor:
-        """States [E, T, D] of teacher-forced texts."""
-        tail = self.nodes[self.row[texts.nodes_at[:, len(self.prompt) :].clamp_min(0)]]
-        return torch.cat([self.prompt.expand(len(tail), -1, -1), tail], dim=1)
 
 
 class ContextualLM(nn.Module):
@@ -129,7 +112,7 @@ class ContextualLM(nn.Module):
         self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
         self.attachment = Attachment(lm, blocks)
         self.catalogue = self._catalogue()
-        self._lower: dict[str, LowerStates] = {}
+        self.lower: dict[str, LowerStates] = {}
         self._prompts: dict[str, DynamicCache] = {}
         self.lm_is_frozen = False
 
@@ -221,7 +204,7 @@ class ContextualLM(nn.Module):
             raise UserError("fusion.catalogue needs an encoder that ranks the catalogue; this one cannot")
         return CatalogueWeights(self.config.catalogue)
 
-    def _advice(self, task: str, users: UserContext | None, rows: Tensor | None = None) -> Advice | None:
+    def advice(self, task: str, users: UserContext | None, rows: Tensor | None = None) -> Advice | None:
         """The encoder's say in a task's choices. rows [Q]: the text of each, where every text has a user of its own or
         all have one; by default each user has as many choices as the next.
         """
@@ -290,7 +273,7 @@ class ContextualLM(nn.Module):
             yield
 
     @contextmanager
-    def _conditioned_or_not(self, users: UserContext | None) -> Iterator[None]:
+    def conditioned_or_not(self, users: UserContext | None) -> Iterator[None]:
         if users is None:
             with self.without_user():
                 yield
@@ -342,28 +325,9 @@ class ContextualLM(nn.Module):
         teacher: Tensor | None = None,
         together: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Negative log-likelihood [E] of the answers, and the cross-entropy [E] against a teacher's distribution.
-
-        teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
-        node's children is compared with the teacher's (ours). Answers are read in groups of like length: most need a
-        token or two before they are the only one left, a few need many. together: all in one group, so that the LM is
-        called once, whatever the answers are.
-        """
-        closed = self.answers[task]
-        nll = torch.zeros(len(answers), device=answers.device)
-        taught = torch.zeros_like(nll)
-        taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
-        group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 1 if together else 3)
-        for group in torch.unique(group_of):
-            part = torch.nonzero(group_of == group)[:, 0]
-            mine = users.select(part) if users is not None and len(users) == len(answers) else users
-            texts, rows, children, log_p = self._choices(task, answers[part], mine)
-            taken = closed.chosen(log_p, children, rows, texts.child)
-            nll = nll.index_add(0, part[texts.row], -taken)
-            if taught_by is not None:
-                mass = taught_by.shares(part[texts.row], texts.node, rows, children).to(log_p.dtype)
-                taught = taught.index_add(0, part[texts.row[rows]], -mass * log_p)
-        return nll, None if teacher is None else taught
+        """Negative log-likelihood [E] of answers, and cross-entropy [E] against a teacher's distribution [E, N]; see
+        ``closed_answers``."""
+        return answer_losses(self, task, answers, users, teacher, together)
 
     def rank_answers(
         self,
@@ -384,31 +348,15 @@ class ContextualLM(nn.Module):
                 k,
                 beams,
                 excluded,
-                self._advice(task, users),
+                self.advice(task, users),
             )
 
     def score_answers(
         self, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
     ) -> Tensor:
-        """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1.
-
-        Every node of the answers' prefix tree is read once per user, ``block`` texts at a time; see ``decoding.exact``.
-        """
-        closed = self.answers[task]
-        asked = torch.arange(len(closed), device=closed.prompt_ids.device) if answers is None else answers
-        parts: list[UserContext | None] = [None]
-        if users is not None:
-            everyone = torch.arange(len(users), device=users.tokens.device)
-            parts = [users.select(some) for some in everyone.split(block)]
-        scores = []
-        for some in parts:
-            count = 1 if some is None else len(some)
-            with torch.no_grad(), self._conditioned_or_not(some):
-                state = TextInLM(self, count, task, context=some)
-                scores.append(
-                    score_answers(state, closed, self.head, count, asked, block, self._advice(task, some))
-                )
-        return torch.cat(scores)
+        """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1. See
+        ``closed_answers``."""
+        return scores_of_answers(self, task, users, answers, block)
 
     def all_log_likelihoods(self, task: str, users: UserContext | None, batch: int = 64) -> Tensor:
         """Log-likelihood of every answer, [N], for one user (or for the base LM): every text is scored once."""
@@ -421,36 +369,6 @@ class ContextualLM(nn.Module):
             for part in everything[order].split(batch):
                 scores[part] = self.answer_log_likelihood(task, part, users)
         return scores
-
-    def _choices(
-        self, task: str, answers: Tensor, users: UserContext | None
-    ) -> tuple[AnswerTexts, Tensor, Tensor, Tensor]:
-        closed = self.answers[task]
-        texts = closed.texts(answers)
-        lower = self._lower.get(task)
-        states = None if lower is None else lower.of(texts)
-        ids, position, cache, mask = texts.input_ids, texts.position, None, None
-        source = self.source_of(task, users, len(ids)) if self.has_encoder else None
-        read = len(closed.prompt_ids) - 1
-        prefix = None if users is None or self.has_encoder else users.prefix
-        if self.reads_ahead and (read > 0 or prefix is not None):
-            if prefix is None:
-                cache = self.prompt_cache(task, len(answers), states is not None)
-            else:
-                cache, mask = self.read_prompt(ids[:, :read], users)
-            ids, position = ids[:, read:], position - read
-            mask = None if mask is None else torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
-            states = None if states is None else states[:, read:]
-        elif prefix is not None:
-            ids, mask = self._after(prefix, ids)
-            position = position + ids.shape[1] - texts.input_ids.shape[1]
-        with self._conditioned_or_not(users):
-            hidden = self._hidden(ids, states, cache, mask, source)
-        picked = hidden[texts.row, position]
-        rows, children, log_p = closed.choices(
-            picked, texts.node, self.head, self._advice(task, users, texts.row)
-        )
-        return texts, rows, children, log_p.float()
 
     def prompt_cache(self, task: str, rows: int, replayed: bool) -> DynamicCache:
         """Keys and values of a task's prompt but its last token, read without a user, for ``rows`` texts.
@@ -492,7 +410,7 @@ class ContextualLM(nn.Module):
         """Encoder states of texts [R, T] behind prefixes of B users, R dividing B or a multiple of it."""
         before = no_prefix(self._embed(self.opening), len(input_ids)) if prefix is None else prefix
         input_ids = input_ids.expand(max(len(input_ids), len(before)), -1)
-        text, mask = self._after(before, input_ids)
+        text, mask = self.after_prefix(before, input_ids)
         return read_source(self.lm, Prefix(text, mask))
 
     def read_prompt(self, input_ids: Tensor, users: UserContext | None) -> tuple[DynamicCache, Tensor | None]:
@@ -504,12 +422,12 @@ class ContextualLM(nn.Module):
         if prefix is None:
             return self._read_without_user(input_ids), None
         cache = DynamicCache(config=self.lm.config)
-        text, mask = self._after(prefix, input_ids)
-        with self._conditioned_or_not(None if self.reads_ahead else users):
-            self._hidden(text, None, cache, mask)
+        text, mask = self.after_prefix(prefix, input_ids)
+        with self.conditioned_or_not(None if self.reads_ahead else users):
+            self.hidden(text, None, cache, mask)
         return cache, mask
 
-    def _after(self, prefix: Prefix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def after_prefix(self, prefix: Prefix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [R, P + T - O, D] and mask of prefix and texts [R, T]; the O opening tokens lead the prefix."""
         whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids[:, len(self.opening) :]))
         return whole.embeddings, whole.mask
@@ -518,7 +436,7 @@ class ContextualLM(nn.Module):
         """Keys and values of texts [R, T], read by the base LM."""
         cache = DynamicCache(config=self.lm.config)
         with self.without_user():
-            self._hidden(input_ids, None, cache)
+            self.hidden(input_ids, None, cache)
         return cache
 
     @property
@@ -527,7 +445,7 @@ class ContextualLM(nn.Module):
             getattr(layer, "gradient_checkpointing", False) for layer in self.attachment.layers.modules()
         )
 
-    def _hidden(
+    def hidden(
         self,
         text: Tensor,
         states: Tensor | None = None,
@@ -595,38 +513,13 @@ class ContextualLM(nn.Module):
             if self.reads_ahead and len(closed.prompt_ids) > 1 and name not in self._prompts:
                 with torch.no_grad():
                     self._prompts[name] = self._read_without_user(closed.prompt_ids[None, :-1])
-            if self.attachment.first == 0 or closed.normalization == "vocabulary" or name in self._lower:
+            if self.attachment.first == 0 or closed.normalization == "vocabulary" or name in self.lower:
                 continue
-            tree = closed.tree
-            needed = tree.high - tree.low > 1
-            needed[0] = True
-            row = torch.cumsum(needed.long(), 0) - 1
-            inner = torch.zeros_like(needed)
-            inner[tree.parent[1:][needed[1:]]] = True
-            # the answers whose texts end on a needed node that no other needed node goes through
-            last = tree.paths.gather(1, closed.reach[:, None])[:, 0]
-            ends = torch.unique(last[~inner[last]]) if bool((~inner[last]).any()) else last[:1]
-            position = torch.full((len(tree.token),), -1, dtype=torch.long, device=row.device)
-            position[last] = torch.arange(len(last), device=row.device)
-            chosen = position[ends]
-            chosen = chosen[torch.argsort(closed.reach[chosen])]
-            nodes = torch.empty(
-                int(needed.sum()), self.lm.config.get_text_config().hidden_size, device=row.device
-            )
-            nodes = nodes.to(self.lm.dtype)
-            prompt = len(closed.prompt_ids) - 1
-            head = nodes[:0]
-            for part in chosen.split(batch):
-                texts = closed.texts(part)
-                states = self.attachment.lower_states(self.lm, texts.input_ids)
-                at = texts.nodes_at >= 0
-                nodes[row[texts.nodes_at[at]]] = states[at]
-                head = states[0, :prompt]
-            self._lower[name] = LowerStates(head.clone(), nodes, row)
+            self.lower[name] = LowerStates.stored(closed, self.attachment, self.lm, batch)
 
     def forget_lower_states(self) -> None:
         """Drop what ``store_lower_states`` stored (because the LM is about to change)."""
-        self._lower.clear()
+        self.lower.clear()
         self._prompts.clear()
 
     def check_head(self) -> None:
@@ -649,7 +542,7 @@ class ContextualLM(nn.Module):
             tokens = (
                 torch.arange(len(whole), device=whole.device) if closed is None else closed.tree.vocabulary
             )
-            mine = self.head(self._hidden(ids, source=source)[0, -1], tokens).float()
+            mine = self.head(self.hidden(ids, source=source)[0, -1], tokens).float()
         if not torch.allclose(whole[tokens], mine, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.lm).__name__} changes its logits in a way userllm does not reproduce"

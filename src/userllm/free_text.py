@@ -54,8 +54,8 @@ def text_losses(
         cache = _read(model, read, prompt.mask[:, :-1], None)
     else:
         body = torch.cat([read, body], dim=1)
-    with model._conditioned_or_not(users):
-        hidden = model._hidden(body, None, cache, mask, source)[:, -ids.shape[1] :]
+    with model.conditioned_or_not(users):
+        hidden = model.hidden(body, None, cache, mask, source)[:, -ids.shape[1] :]
     row, place = torch.nonzero(real, as_tuple=True)
     nll = torch.zeros(len(ids), device=ids.device)
     for some in torch.arange(len(row), device=ids.device).split(_ROWS):
@@ -106,8 +106,8 @@ def write_texts(
     tokens = torch.full((len(prompts), decoding.max_new_tokens), -1, device=everyone.device)
     new, end = prompt.embeddings[:, -1:], _end_of_text(model)
     for step in range(decoding.max_new_tokens):
-        with model._conditioned_or_not(writing.users):
-            hidden = model._hidden(new, None, writing.cache, writing.mask, writing.source)
+        with model.conditioned_or_not(writing.users):
+            hidden = model.hidden(new, None, writing.cache, writing.mask, writing.source)
         logits = decoding.allowed(model.head(hidden[:, -1]).float(), tokens[writing.rows, :step])
         chosen = decoding.choose(logits, draws[writing.rows, step])
         over = tokens[writing.rows, step - 1] == end if step else torch.zeros_like(chosen, dtype=torch.bool)
@@ -187,6 +187,6 @@ def _read(
     """Keys and values of embeddings [R, T, D], T possibly 0."""
     cache = new_cache(model.lm)
     if text.shape[1] > 0:
-        with model._conditioned_or_not(users):
-            model._hidden(text, None, cache, mask)
+        with model.conditioned_or_not(users):
+            model.hidden(text, None, cache, mask)
     return cache

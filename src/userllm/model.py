@@ -284,7 +284,7 @@ class UserLLM(ContextualLM):
         """What transformers writes, without the ``read`` tokens it repeats."""
         shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
         try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
-            with self._conditioned_or_not(users):
+            with self.conditioned_or_not(users):
                 output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
         finally:
             self.lm.generation_config = shipped

@@ -47,13 +47,13 @@ def reads_trees(model: ContextualLM) -> bool:
     training = lm.training
     lm.eval()
     with torch.no_grad(), model.without_user():
-        alone = model._hidden(torch.cat([prompt, other, further], dim=1))[:, -1]
+        alone = model.hidden(torch.cat([prompt, other, further], dim=1))[:, -1]
         cache = DynamicCache(config=lm.config)
-        model._hidden(prompt, None, cache)
+        model.hidden(prompt, None, cache)
         sees = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]], dtype=torch.bool, device=lm.device)
         positions = torch.tensor([[1, 1, 2]], device=lm.device)
         text = torch.cat([branch, other, further], dim=1)
-        beside = model._hidden(text, None, cache, sees, positions=positions)[:, -1]
+        beside = model.hidden(text, None, cache, sees, positions=positions)[:, -1]
     lm.train(training)
     off = float((alone - beside).float().norm() / alone.float().norm())
     return off < (1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2)
@@ -77,7 +77,7 @@ class TextInLM:
         self.users = users
         self.task = task
         self.context = context
-        self.lower = model._lower.get(task) if replay else None
+        self.lower = model.lower.get(task) if replay else None
         self.cache = new_cache(model.lm)
         self.mask: Tensor | None = None
         self.source: Source | None = None
@@ -118,7 +118,7 @@ class TextInLM:
         """Read on, the same number of tokens in every row; the hidden states of the last one, [R, D]."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(input_ids, dtype=torch.bool)], dim=1)
-        hidden = self.model._hidden(input_ids, states, self.cache, self.mask, self.source)
+        hidden = self.model.hidden(input_ids, states, self.cache, self.mask, self.source)
         self._stand_in(states)
         return hidden[:, -1]
 
@@ -164,7 +164,7 @@ class TextTreeInLM(TextInLM):
         states = None
         if self.lower is not None:
             states = self.lower.nodes[self.lower.row[nodes]].view(users, count, -1)
-        hidden = self.model._hidden(tokens.view(users, count), states, self.cache, seen, None, positions)
+        hidden = self.model.hidden(tokens.view(users, count), states, self.cache, seen, None, positions)
         self._stand_in(states)
         return hidden.flatten(0, 1)
 

@@ -87,7 +87,7 @@ def test_every_way_to_a_score_agrees(make_model, histories, architecture, normal
     for stored in (False, True):
         if stored:
             model.store_lower_states()
-            assert (task in model._lower) == (normalization == "catalogue")
+            assert (task in model.lower) == (normalization == "catalogue")
         close(
             torch.stack([model.all_log_likelihoods(task, one, batch=7) for one in per_user(users)]), expected
         )
@@ -137,7 +137,7 @@ def test_other_fused_layers_and_a_perceiver(make_model, histories, normalization
         users = model.context(histories)
     expected = by_full_forward(model, "next_item", users, normalization)
     model.store_lower_states()
-    assert bool(model._lower) == (layers != "all" and normalization == "catalogue")
+    assert bool(model.lower) == (layers != "all" and normalization == "catalogue")
     ranking = model.rank_answers("next_item", users, k=20, beams=20)
     close(ranking.scores, expected.sort(dim=1, descending=True).values)
 
@@ -250,7 +250,7 @@ def test_stored_states_and_answers_follow_the_model(make_model, histories):
     model.to("meta")
     assert model.answers["next_item"].prompt_ids.is_meta
     assert model.answers["next_item"].tree.paths.is_meta
-    assert not model._lower
+    assert not model.lower
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])

@@ -262,8 +262,8 @@ def test_lower_states_replayed_equal_full_computation(make_model, histories, arc
     with torch.no_grad():
         states = model.attachment.lower_states(model.lm, ids)
         with model.conditioned(model.context(histories)):
-            full = model._hidden(ids)
-            replayed = model._hidden(ids, states)
+            full = model.hidden(ids)
+            replayed = model.hidden(ids, states)
     torch.testing.assert_close(replayed, full, atol=1e-5, rtol=1e-5)
 
 

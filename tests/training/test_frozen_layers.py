@@ -35,7 +35,7 @@ def test_training_steps_replay_them(run_contextualize, monkeypatch, tmp_path, st
 def test_moving_a_model_to_where_it_is_keeps_what_it_stored(make_user_llm):
     model = make_user_llm("enc")
     model.store_lower_states()
-    stored = dict(model._lower)
+    stored = dict(model.lower)
     assert stored
-    assert model.to("cpu")._lower == stored
-    assert not model.double()._lower
+    assert model.to("cpu").lower == stored
+    assert not model.double().lower
