@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -250,6 +251,33 @@ PREPARED = {
 }
 
 
+def text_tree_rows(result: dict[str, Any]) -> list[str]:
+    """A row per way of telling the LM about the user: speed of both beam searches."""
+    labels = {"user_llm_enc": "User-LLM, frozen LM", "text_prompt_lora": "Text Prompt of 50 events, LoRA"}
+    lines = ["| | side by side over rows, by CPU time | same answers |", "|---|---|---|"]
+    for way, label in labels.items():
+        found = result["ways"][way]
+        lines.append(f"| {label} | {spread(found['side_by_side_over_rows'])} | {found['places_alike']:.1%} |")
+    return [*lines, "", f"{result['beams']} beams, {result['users']} users together."]
+
+
+def freed_memory_rows(result: dict[str, Any]) -> list[str]:
+    """CPU seconds and memory of a step, freed memory kept or handed back."""
+    labels = {"kept": "kept (what a run does)", "handed_back": "handed back (glibc's way)"}
+    lines = [
+        "| freed memory | CPU s a step | of these in the kernel | peak memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for way, label in labels.items():
+        of = {
+            key: statistics.median(run[key] for run in result["results"][way])
+            for key in ("user_s", "kernel_s", "peak_mib")
+        }
+        total = of["user_s"] + of["kernel_s"]
+        lines.append(f"| {label} | {total:.1f} | {of['kernel_s']:.1f} | {of['peak_mib']:,.0f} |")
+    return [*lines, "", f"A step: {result['step']}. {spread(result['kept_over_handed_back'])}"]
+
+
 def prepare_rows(result: dict[str, Any]) -> list[str]:
     """Preparing a synthetic log: seconds and memory of each way, and how soon training starts."""
     log = result["results"]["userllm"][0]
@@ -447,6 +475,12 @@ def main() -> None:
         "efficiency": bench_block("efficiency", "python benchmarks/efficiency.py", efficiency_rows),
         "update-performance": bench_block("update", "python benchmarks/bench_update.py", update_rows),
         "prepare-performance": bench_block("prepare", "python benchmarks/bench_prepare.py", prepare_rows),
+        "text-tree-performance": bench_block(
+            "text_tree", "python benchmarks/bench_text_tree.py", text_tree_rows
+        ),
+        "freed-memory-performance": bench_block(
+            "freed_memory", "python benchmarks/bench_freed_memory.py", freed_memory_rows
+        ),
         "sentence-embeddings-performance": bench_block(
             "sentence_embeddings",
             "python benchmarks/bench_sentence_embeddings.py",
