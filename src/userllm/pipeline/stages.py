@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from userllm import processes
 from userllm.freed_memory import hand_back
 from userllm.pipeline.machine import peak_rss_mb
+
+TOLD_EVERY = 20.0
+"""Seconds after which a stage under way writes down what it took so far."""
 
 
 class Stages:
@@ -34,16 +38,12 @@ class Stages:
             say(f"{name}: done before, skipped")
             yield False
             return
-        began, cpu_began = time.time(), time.process_time()
-        yield True
-        cpu = processes.total(time.process_time() - cpu_began)
-        records[name] |= {
-            "done": True,
-            "seconds": round(records[name]["seconds"] + time.time() - began, 1),
-            "cpu_seconds": round(records[name]["cpu_seconds"] + cpu, 1),
-            "peak_rss_mb": peak_rss_mb(),
-        }
-        write(self.folder / "stages.json", json.dumps(records, indent=1))
+        spent = _Spent(records[name])
+        with spent.told_now_and_then(lambda: self._write(records)):
+            yield True
+        spent.settle()
+        records[name] |= {"done": True, "peak_rss_mb": peak_rss_mb()}
+        self._write(records)
         hand_back()
         processes.wait()
         say(f"{name}: {records[name]['seconds']:.0f} s")
@@ -63,8 +63,11 @@ class Stages:
         before = record if record.get("settings") == settings else {}
         spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
-        write(record_file, json.dumps(records, indent=1))
+        self._write(records)
         return records
+
+    def _write(self, records: dict[str, Any]) -> None:
+        write(self.folder / "stages.json", json.dumps(records, indent=1))
 
     def tell_times(self, file: Path) -> None:
         """Seconds and memory into metrics.json (``file``), which is made inside the stage whose seconds it tells."""
@@ -73,6 +76,44 @@ class Stages:
         metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
         metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
         write(file, json.dumps(metrics, indent=1))
+
+
+class _Spent:
+    """Adds the seconds of a stage to its ``record``, those before an interruption included, whatever ends it."""
+
+    def __init__(self, record: dict[str, Any]):
+        self.record = record
+        self.before = record["seconds"], record["cpu_seconds"]
+        self.began = time.time(), time.process_time()
+
+    @contextmanager
+    def told_now_and_then(self, tell: Callable[[], None]):
+        """Calls ``tell`` every ``TOLD_EVERY`` seconds, since a killed process has no last words, and at the end."""
+        over = Event()
+
+        def beat() -> None:
+            while not over.wait(TOLD_EVERY):
+                # what other processes have used is not known here: as much as this one
+                self._count((time.process_time() - self.began[1]) * processes.count())
+                tell()
+
+        thread = Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()  # two writers at once would get into each other's way
+            self._count((time.process_time() - self.began[1]) * processes.count())
+            tell()
+
+    def settle(self) -> None:
+        """The final sum, with what every process used."""
+        self._count(processes.total(time.process_time() - self.began[1]))
+
+    def _count(self, cpu: float) -> None:
+        self.record["seconds"] = round(self.before[0] + time.time() - self.began[0], 1)
+        self.record["cpu_seconds"] = round(self.before[1] + cpu, 1)
 
 
 def _without_nulls(settings: Any) -> Any:

@@ -1,0 +1,68 @@
+"""What stages.json knows of a stage that did not come to its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from userllm.pipeline.stages import Stages
+
+
+def record(folder):
+    return json.loads((folder / "stages.json").read_text())["pretrain"]
+
+
+def test_seconds_before_an_error_count(tmp_path):
+    stages = Stages(tmp_path, {"seed": 1})
+
+    def interrupted() -> None:
+        with stages.stage("pretrain", ["seed"], lambda: False) as todo:
+            assert todo
+            time.sleep(0.3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    first = record(tmp_path)
+    assert not first["done"] and first["seconds"] >= 0.3
+    with stages.stage("pretrain", ["seed"], lambda: False) as todo:
+        assert todo
+        time.sleep(0.3)
+    second = record(tmp_path)
+    assert second["done"] and second["seconds"] >= first["seconds"] + 0.3
+    with stages.stage("pretrain", ["seed"], lambda: True) as todo:
+        assert not todo
+
+
+def test_other_settings_begin_at_nought(tmp_path):
+    for seed in (1, 2):
+        with Stages(tmp_path, {"seed": seed}).stage("pretrain", ["seed"], lambda: True) as todo:
+            assert todo
+            time.sleep(0.2)
+    assert record(tmp_path)["seconds"] < 0.4
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from userllm.pipeline import stages
+stages.TOLD_EVERY = 0.05
+with stages.Stages(Path(sys.argv[1]), {"seed": 1}).stage("pretrain", ["seed"], lambda: False):
+    end = time.process_time() + 0.6
+    while time.process_time() < end:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_seconds_before_kill_9_count(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not record(tmp_path)["done"]
+    assert record(tmp_path)["seconds"] >= 0.3 and record(tmp_path)["cpu_seconds"] >= 0.3
