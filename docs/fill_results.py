@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -270,7 +269,7 @@ def freed_memory_rows(result: dict[str, Any]) -> list[str]:
     ]
     for way, label in labels.items():
         of = {
-            key: statistics.median(run[key] for run in result["results"][way])
+            key: median(run[key] for run in result["results"][way])
             for key in ("user_s", "kernel_s", "peak_mib")
         }
         total = of["user_s"] + of["kernel_s"]

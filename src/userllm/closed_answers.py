@@ -54,7 +54,7 @@ def answer_losses(
 
 
 def scores_of_answers(
-    model: ContextualLM, task: str, users: UserContext | None, answers: Tensor | None = None, block: int = 256
+    model: ContextualLM, task: str, users: UserContext | None, answers: Tensor | None, block: int
 ) -> Tensor:
     """Exact log-likelihood [B, A], in nats, of answers [A] (all by default) per user; None: the base LM, B = 1.
 

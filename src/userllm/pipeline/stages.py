@@ -93,8 +93,7 @@ class _Spent:
 
         def beat() -> None:
             while not over.wait(TOLD_EVERY):
-                # what other processes have used is not known here: as much as this one
-                self._count((time.process_time() - self.began[1]) * processes.count())
+                self._estimate()
                 tell()
 
         thread = Thread(target=beat, daemon=True)
@@ -104,12 +103,19 @@ class _Spent:
         finally:
             over.set()
             thread.join()  # two writers at once would get into each other's way
-            self._count((time.process_time() - self.began[1]) * processes.count())
+            self._estimate()
             tell()
 
     def settle(self) -> None:
         """The final sum, with what every process used."""
-        self._count(processes.total(time.process_time() - self.began[1]))
+        self._count(processes.total(self._cpu()))
+
+    def _estimate(self) -> None:
+        """The sum so far; what other processes have used is not known here: as much as this one."""
+        self._count(self._cpu() * processes.count())
+
+    def _cpu(self) -> float:
+        return time.process_time() - self.began[1]
 
     def _count(self, cpu: float) -> None:
         self.record["seconds"] = round(self.before[0] + time.time() - self.began[0], 1)
