@@ -177,6 +177,44 @@ def genres_block(task: str = "genre_preference") -> str | None:
     return "\n".join(lines)
 
 
+def lengths_block(task: str = "genre_preference") -> str | None:
+    """UEM and a text history by the events they are shown, from the cells of the experiment ``uem``."""
+    found: dict[tuple[str, int], Any] = {}
+    for file in sorted((RESULTS / "experiments" / "cells").glob("cpu-*-s0-*.json")):
+        if name := re.fullmatch(r"cpu-(uem|text)(?:-(\d+))?-s0-\w+", file.stem):
+            found[name[1], int(name[2] or 200)] = json.loads(file.read_text())
+    if not found:
+        return None
+    lines = [
+        "| events | UEM, weighted F1 | tokens the LM reads | the history as text, weighted F1 | tokens the LM reads |",
+        "|---|---|---|---|---|",
+    ]
+    for events in sorted({events for _, events in found}):
+        told = [found.get((kind, events)) for kind in ("uem", "text")]
+        entries = [None if one is None else one["metrics"]["tasks"][task]["user_llm"] for one in told]
+        cells = [
+            "not run | –"
+            if entry is None
+            else f"{interval(entry['f1'])} | {entry['prompt_tokens']['value']:.0f}"
+            for entry in entries
+        ]
+        lines.append(f"| {events} | {' | '.join(cells)} |")
+    one = next(iter(found.values()))
+    commits = sorted({cell["commit"][:12] for cell in found.values()})
+    examples = {cell["metrics"]["training"]["examples"] for cell in found.values()}
+    users = {cell["metrics"]["tasks"][task]["n"] for cell in found.values()}
+    if len(examples) > 1 or len(users) > 1:
+        raise SystemExit("cells of the experiment uem have different examples or users")
+    split = one["metrics"]["split"]
+    lines += [
+        "",
+        f"{examples.pop():,} examples in every row, n = {users.pop():,}, the same users. `userllm experiments run uem "
+        f"--scale cpu`, commits {' and '.join(commits)}, {one['date']}, {one['metrics']['hardware']}, split "
+        f"{split['kind']} {split['fingerprint'][:12]}; ties: {split['tie_rule']}.",
+    ]
+    return "\n".join(lines)
+
+
 def examples_block(name: str, task: str) -> str | None:
     """What the first ten users wrote and what was written for them, or None where it has not been run."""
     file = RESULTS / name / "texts" / f"{task}.jsonl"
@@ -452,6 +490,7 @@ def main() -> None:
         ),
         "amazon-review-texts": examples_block("amazon-review", "review"),
         "uem-results": genres_block(),
+        "uem-lengths": lengths_block(),
         "encoder-results": encoder_block(),
         "recipe-results": recipes_block(),
         "time-to-recall": time_to_recall_block(),
