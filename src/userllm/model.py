@@ -501,9 +501,8 @@ class UserLLM(ContextualLM):
         base, tokenizer, reference = load(asked)
         if strategy == "full" and lm is None:  # where the LM came from, not where it was put
             origin = saved["lm"]
-            reference = replace(
-                reference, name=origin["name"], sha256=origin["sha256"], revision=origin.get("revision")
-            )
+            told = {key: origin.get(key) for key in ("name", "source", "sha256", "revision")}
+            reference = replace(reference, **told)
         if strategy != "full" and reference.sha256 != saved["lm"]["sha256"]:
             raise UserError(
                 f"{file}: trained with {saved['lm']['name']} (sha256 {saved['lm']['sha256'][:12]}...), but {where} has "

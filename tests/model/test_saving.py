@@ -69,6 +69,7 @@ def test_save_load_same_answers(make_user_llm, dataset, tmp_path, variant):
     assert not loaded.training
     assert not any(weight.requires_grad for weight in loaded.parameters())
     assert (loaded.strategy, loaded.config) == (model.strategy, model.config)
+    assert loaded.reference.source == model.reference.source, "where the LM came from, not where it was put"
     if variant in ("lora", "full", "answer"):  # and once more from what was loaded
         loaded.save_pretrained(tmp_path / "again")
         assert behaviour(UserLLM.from_pretrained(tmp_path / "again"), dataset) == before

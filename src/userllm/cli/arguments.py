@@ -126,9 +126,10 @@ def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory | Us
         texts = saved_fusion(saved["fusion"]).text.texts
         user = read_history(file, [*(name for name in fields if name != "item"), *texts])
 
+    from userllm import processes
     from userllm.model import UserLLM
 
-    model = UserLLM.from_pretrained(folder, arguments.lm)
+    model = UserLLM.from_pretrained(folder, arguments.lm).to(processes.device())
     if store is not None:
         _check_store(arguments, store, model)
     return model, user

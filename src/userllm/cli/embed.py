@@ -109,14 +109,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def open_user_side(folder: Path, lm: str | None) -> UserSide:
     """What reads users in a saved model. The language model is loaded only where histories stand as text."""
+    from userllm import processes
     from userllm.saved_model import read_description, saved_fusion
     from userllm.serving.user_side import UserSide
 
+    device = processes.device()
     if saved_fusion(read_description(folder)["fusion"]).text.events == 0:
-        return UserSide.load(folder)
+        return UserSide.load(folder).to(device)
     from userllm.model import UserLLM
 
-    return UserSide.of(UserLLM.from_pretrained(folder, lm))
+    return UserSide.of(UserLLM.from_pretrained(folder, lm).to(device))
 
 
 def read_users(file: Path) -> list[str]:

@@ -121,7 +121,8 @@ def remember(
     encoder, lengths = side.encoder, batch.lengths
     state = None
     if side.config.kind == "none":
-        embeddings, counts = torch.zeros(len(batch), 1, encoder.width), torch.zeros_like(lengths)
+        counts = torch.zeros_like(lengths)
+        embeddings = torch.zeros(len(batch), 1, encoder.width, device=lengths.device)
     elif keep.state and encoder.not_extended is None:
         (embeddings, state), counts = encoder.extend(None, batch), lengths
     else:
@@ -260,11 +261,11 @@ def _scores(model: ContextualLM, records: Sequence[UserRecord]) -> Tensor | None
     if any(record.scores is not None for record in records):
         width = next(len(record.scores) for record in records if record.scores is not None)
         nothing = torch.zeros(width)
-        return torch.stack([nothing if r.scores is None else r.scores for r in records]).to(model.lm.device)
+        return torch.stack([(nothing if r.scores is None else r.scores).to(model.lm.device) for r in records])
     weight = model.user_tokens.recency.weight
     nobody = torch.zeros(1, model.encoder.width)
-    last = torch.cat([r.embeddings[-1:] if len(r.embeddings) else nobody.to(r.embeddings) for r in records])
-    scores = model.encoder.item_scores(last.to(weight)) if model.encoder.causal else None
+    last = torch.cat([(r.embeddings[-1:] if len(r.embeddings) else nobody).to(weight) for r in records])
+    scores = model.encoder.item_scores(last) if model.encoder.causal else None
     return _required(scores, "scores of the catalogue")
 
 

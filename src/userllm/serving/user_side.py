@@ -91,6 +91,12 @@ class UserSide:
         encoder.requires_grad_(False).eval()
         return cls(encoder, tokens, blocks, fusion, collator, weights)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device) -> UserSide:
+        """Itself, moved to a device."""
+        for part in (self.encoder, self.user_tokens, *self.blocks.values()):
+            part.to(device)
+        return self
+
     @property
     def weight(self) -> Tensor:
         """A weight of it, whose device and type are those of all."""

@@ -68,6 +68,8 @@ class TitleAlignment(nn.Module):
     Raises UserError where the model has no next-item task, or no user tokens at all.
     """
 
+    titles: Tensor
+
     def __init__(self, model: UserLLM, temperature: float):
         super().__init__()
         self.model = model
@@ -81,7 +83,7 @@ class TitleAlignment(nn.Module):
         with torch.no_grad():
             titles = title_embeddings(model, self.task, output=model.soft_prompt is None)
         # common to all titles is what any title is, not which
-        self.titles = F.normalize(titles - titles.mean(0), dim=-1)
+        self.register_buffer("titles", F.normalize(titles - titles.mean(0), dim=-1), persistent=False)
 
     def forward(self, examples: Examples) -> dict[str, Tensor]:
         """See the class."""
