@@ -42,7 +42,9 @@ VARIANTS = {
     "catalogue and teacher": ["fusion.catalogue={}", "tasks.next_item.teacher=0.5"],
     "Text Prompt": ["fusion.kind=none", "fusion.text.events=4", "contextualize.strategy.name=lora"],
     "text beside embeddings": ["fusion.text.events=3"],
-    "Text Summarization": ["fusion.kind=none", "fusion.text={events: 4, summary: {new_tokens: 4}}"],
+    "Text Summarization": [
+        "fusion.kind=none", "fusion.text={events: 4, summary: {new_tokens: 4}}", "contextualize.strategy.name=lora",
+    ],
     "Dual Encoder": ["encoder={kind: dual, heads: 2, feed_forward: 32, max_length: 12}"],
     "Bert4Rec": ["encoder={kind: bert4rec, layers: 1, width: 16, heads: 2, feed_forward: 32, max_length: 12}"],
     "UEM": [
@@ -58,7 +60,7 @@ VARIANTS = {
     "CPU seconds": ["contextualize.seconds=1", "contextualize.steps=null"],
     "bfloat16": ["lm.dtype=bfloat16"],
     "free text": [
-        "tasks={liked: {kind: genre_preference, prompt: Which genres?, target_tokens: 8}}",
+        "tasks={liked: {kind: genre_preference, prompt: Which genres, target_tokens: 8}}",
         "evaluation.text={users: 6, greedy: {max_new_tokens: 4}}",
     ],
 }  # fmt: skip
