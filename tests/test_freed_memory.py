@@ -11,12 +11,12 @@ import resource, sys, torch
 from userllm.freed_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-def faults():
+def faults(mebibytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(32 << 20)  # 128 MiB: 32,768 pages
+    torch.zeros(mebibytes << 18)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+faults(132)  # one as large as the next may leave a hole that is some bytes too small, by where the heap begins
+print(faults(128))  # 32,768 pages
 """
 
 
