@@ -16,6 +16,10 @@ from typing import Any
 
 from efficiency_tables import efficiency_rows, update_rows
 
+from userllm.experiments.cells import CellStore, FinishedCell
+from userllm.experiments.definition import load_experiment, settings_hash
+from userllm.experiments.figures import events_shown, prompt_tokens
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 SYSTEMS = {
@@ -44,6 +48,12 @@ TEXT_SYSTEMS = {
 def interval(entry: dict[str, float]) -> str:
     """``value [low, high]``."""
     return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def split_facts(metrics: dict[str, Any]) -> str:
+    """Which split, and how it orders events of one time."""
+    split = metrics["split"]
+    return f"split {split['kind']} {split['fingerprint'][:12]}; ties: {split['tie_rule']}."
 
 
 def run_block(name: str, command: str) -> str | None:
@@ -90,9 +100,7 @@ def run_block(name: str, command: str) -> str | None:
         f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, "
         f"{metrics['hardware']}; "
         f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:.0f} MiB. {metrics['dataset']['name']} fingerprint "
-        f"{metrics['dataset']['fingerprint'][:12]}, split {metrics['split']['kind']} "
-        f"{metrics['split']['fingerprint'][:12]}; "
-        f"ties: {metrics['split']['tie_rule']}. LM: {metrics['lm']['source']}.",
+        f"{metrics['dataset']['fingerprint'][:12]}, {split_facts(metrics)} LM: {metrics['lm']['source']}.",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -170,19 +178,21 @@ def genres_block(task: str = "genre_preference") -> str | None:
         f"{interval(first['gain_nats']['over_shuffled'])} nats an answer. Training: {cost[0]} (UEM), {cost[1]} (text).",
         "",
         f"95 % intervals, users resampled. Commits {uem['commit'][:12]} and {text['commit'][:12]}, {uem['date']}, "
-        f"{uem['hardware']}. {uem['dataset']['name']} fingerprint {uem['dataset']['fingerprint'][:12]}, split "
-        f"{uem['split']['kind']} {uem['split']['fingerprint'][:12]}; ties: {uem['split']['tie_rule']}. "
-        f"LM: {uem['lm']['source']}.",
+        f"{uem['hardware']}. {uem['dataset']['name']} fingerprint {uem['dataset']['fingerprint'][:12]}, "
+        f"{split_facts(uem)} LM: {uem['lm']['source']}.",
     ]
     return "\n".join(lines)
 
 
 def lengths_block(task: str = "genre_preference") -> str | None:
     """UEM and a text history by the events they are shown, from the cells of the experiment ``uem``."""
-    found: dict[tuple[str, int], Any] = {}
-    for file in sorted((RESULTS / "experiments" / "cells").glob("cpu-*-s0-*.json")):
-        if name := re.fullmatch(r"cpu-(uem|text)(?:-(\d+))?-s0-\w+", file.stem):
-            found[name[1], int(name[2] or 200)] = json.loads(file.read_text())
+    experiment, store = load_experiment("uem"), CellStore(RESULTS / "experiments")
+    found: dict[tuple[str, int], FinishedCell] = {}
+    for series, names in experiment.curves.items():
+        for name in names:
+            cell = store.find(settings_hash(experiment.settings(name, "cpu", seed=0)))
+            if cell is not None:
+                found[series, events_shown(cell)] = cell
     if not found:
         return None
     lines = [
@@ -190,27 +200,25 @@ def lengths_block(task: str = "genre_preference") -> str | None:
         "|---|---|---|---|---|",
     ]
     for events in sorted({events for _, events in found}):
-        told = [found.get((kind, events)) for kind in ("uem", "text")]
-        entries = [None if one is None else one["metrics"]["tasks"][task]["user_llm"] for one in told]
-        cells = [
-            "not run | –"
-            if entry is None
-            else f"{interval(entry['f1'])} | {entry['prompt_tokens']['value']:.0f}"
-            for entry in entries
-        ]
-        lines.append(f"| {events} | {' | '.join(cells)} |")
-    one = next(iter(found.values()))
-    commits = sorted({cell["commit"][:12] for cell in found.values()})
-    examples = {cell["metrics"]["training"]["examples"] for cell in found.values()}
-    users = {cell["metrics"]["tasks"][task]["n"] for cell in found.values()}
+        columns = []
+        for series in ("UEM", "Text history"):
+            if (cell := found.get((series, events))) is None:
+                columns.append("not run | –")
+            else:
+                f1 = cell.metrics["tasks"][task]["user_llm"]["f1"]
+                columns.append(f"{interval(f1)} | {prompt_tokens(cell):.0f}")
+        lines.append(f"| {events} | {' | '.join(columns)} |")
+    every = [cell.metrics for cell in found.values()]
+    commits = sorted({cell.told["commit"][:12] for cell in found.values()})
+    examples = {metrics["training"]["examples"] for metrics in every}
+    users = {metrics["tasks"][task]["n"] for metrics in every}
     if len(examples) > 1 or len(users) > 1:
         raise SystemExit("cells of the experiment uem have different examples or users")
-    split = one["metrics"]["split"]
     lines += [
         "",
         f"{examples.pop():,} examples in every row, n = {users.pop():,}, the same users. `userllm experiments run uem "
-        f"--scale cpu`, commits {' and '.join(commits)}, {one['date']}, {one['metrics']['hardware']}, split "
-        f"{split['kind']} {split['fingerprint'][:12]}; ties: {split['tie_rule']}.",
+        f"--scale cpu`, commits {' and '.join(commits)}, {every[0]['date']}, {every[0]['hardware']}, "
+        f"{split_facts(every[0])}",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,9 +67,7 @@ VARIANTS = {
 
 def there(folder: Path, *commands: str) -> str:
     """What userllm's commands print on the pretended accelerator. None of them may fail."""
-    done = subprocess.run(
-        [sys.executable, str(FILE), *commands], cwd=folder, capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run([sys.executable, str(FILE), *commands], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = int(done.stdout.splitlines()[-1].split(": ")[1])
     assert kernels > 5000, "it ran somewhere else"
