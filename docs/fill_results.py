@@ -17,6 +17,7 @@ from typing import Any
 from efficiency_tables import efficiency_rows, update_rows
 
 from userllm.experiments.cells import CellStore, FinishedCell
+from userllm.experiments.comparison import WEIGHTED_F1, difference, per_user
 from userllm.experiments.definition import load_experiment, settings_hash
 from userllm.experiments.figures import events_shown, prompt_tokens
 
@@ -196,17 +197,22 @@ def lengths_block(task: str = "genre_preference") -> str | None:
     if not found:
         return None
     lines = [
-        "| events | UEM, weighted F1 | tokens the LM reads | the history as text, weighted F1 | tokens the LM reads |",
-        "|---|---|---|---|---|",
+        "| events | UEM, weighted F1 | tokens the LM reads | the history as text, weighted F1 | tokens the LM reads "
+        "| UEM less text, paired |",
+        "|---|---|---|---|---|---|",
     ]
     for events in sorted({events for _, events in found}):
-        columns = []
-        for series in ("UEM", "Text history"):
-            if (cell := found.get((series, events))) is None:
+        columns, pair = [], [found.get((series, events)) for series in ("UEM", "Text history")]
+        for cell in pair:
+            if cell is None:
                 columns.append("not run | –")
             else:
                 f1 = cell.metrics["tasks"][task]["user_llm"]["f1"]
                 columns.append(f"{interval(f1)} | {prompt_tokens(cell):.0f}")
+        lead = difference(
+            *(per_user([cell] if cell else [], task, "user_llm", WEIGHTED_F1) for cell in pair)
+        )
+        columns.append("–" if lead is None else interval(lead.estimate.as_dict()))
         lines.append(f"| {events} | {' | '.join(columns)} |")
     every = [cell.metrics for cell in found.values()]
     commits = sorted({cell.told["commit"][:12] for cell in found.values()})
