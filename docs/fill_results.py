@@ -209,9 +209,7 @@ def lengths_block(task: str = "genre_preference") -> str | None:
             else:
                 f1 = cell.metrics["tasks"][task]["user_llm"]["f1"]
                 columns.append(f"{interval(f1)} | {prompt_tokens(cell):.0f}")
-        lead = difference(
-            *(per_user([cell] if cell else [], task, "user_llm", WEIGHTED_F1) for cell in pair)
-        )
+        lead = difference(*(per_user([cell] if cell else [], task, "user_llm", WEIGHTED_F1) for cell in pair))
         columns.append("–" if lead is None else interval(lead.estimate.as_dict()))
         lines.append(f"| {events} | {' | '.join(columns)} |")
     every = [cell.metrics for cell in found.values()]
