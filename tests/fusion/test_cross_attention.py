@@ -112,10 +112,10 @@ def test_gradients_survive_an_empty_user(users):
 
 def test_perceiver_equals_the_formula(users):
     tokens, mask = users
-    perceiver = Perceiver(PerceiverConfig(latents=3, layers=2, heads=2), 12)
+    perceiver = Perceiver(PerceiverConfig(latents=3, layers=2, heads=2), 12, tokens.shape[1])
     for weight in perceiver.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    result = perceiver(tokens, mask)
+    result, _ = perceiver(tokens, mask)
     assert result.shape == (3, 3, 12)
     for b in range(2):
         latents = perceiver.latents
@@ -138,7 +138,7 @@ def test_perceiver_defaults_are_the_papers():
 
 def test_perceiver_heads_must_divide_the_width():
     with pytest.raises(UserError, match=r"perceiver\.heads"):
-        Perceiver(PerceiverConfig(heads=5), 12)
+        Perceiver(PerceiverConfig(heads=5), 12, 50)
 
 
 @pytest.mark.parametrize("ends", [0, 1, 3, 4, 6])

@@ -46,7 +46,14 @@ def encoder(request, make_encoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("perceiver", [None, PerceiverConfig(latents=3, layers=2, heads=2)])
+@pytest.mark.parametrize(
+    "perceiver",
+    [
+        None,
+        PerceiverConfig(latents=3, layers=2, heads=2),
+        PerceiverConfig(latents=3, layers=2, heads=2, start="stretches"),
+    ],
+)
 def test_an_example_knows_its_own_events_only(make_user_llm, stored, encoder, perceiver):
     model = make_user_llm(encoder=encoder, perceiver=perceiver)
     batch = stored.batch([(7, 0, 8), (5, 0, 4), (8, 0, 0)])

@@ -27,6 +27,7 @@ FUSIONS = {
     "ungated": {"cross_attention": CrossAttentionConfig(**SMALL, gate="none")},
     "mlp": {"projection": "mlp"},
     "perceiver": {"perceiver": PerceiverConfig(latents=3, layers=1, heads=2)},
+    "perceiver, stretches": {"perceiver": PerceiverConfig(latents=3, layers=1, heads=2, start="stretches")},
     "catalogue": {"catalogue": CatalogueConfig(tokens=2), "attend": "answer"},
     "long+short": {"text": HistoryTextConfig(events=2)},
     "soft prompt": {"kind": "soft_prompt"},

@@ -22,6 +22,7 @@ VARIANTS = {
     "lora": {"strategy": "lora"},
     "full": {"strategy": "full"},
     "perceiver": {"perceiver": PerceiverConfig(latents=3, layers=2, heads=2)},
+    "perceiver, stretches": {"perceiver": PerceiverConfig(latents=3, layers=1, heads=2, start="stretches")},
     "answer": {"attend": "answer"},
     "bfloat16": {"dtype": "bfloat16"},
     "products": {"products": "bfloat16", "strategy": "lora"},

@@ -51,9 +51,14 @@ class FusionConfig:
 
     @property
     def block(self) -> CrossAttentionConfig:
-        """The shape of a cross-attention block. Latents of a Perceiver have no age."""
+        """The shape of a cross-attention block."""
         shape = self.cross_attention
-        return shape if self.perceiver is None else replace(shape, recency=False)
+        return shape if self.tokens_have_age else replace(shape, recency=False)
+
+    @property
+    def tokens_have_age(self) -> bool:
+        """Whether user tokens stand from oldest to latest; a Perceiver's latents do only if they start that way."""
+        return self.perceiver is None or self.perceiver.start == "stretches"
 
     def check(self) -> None:
         """Raise UserError for settings that contradict each other."""

@@ -33,7 +33,7 @@ class UserTokens(nn.Module):
         self.events = events
         self.recency = nn.Embedding(events, width)
         nn.init.normal_(self.recency.weight, std=0.02)
-        self.perceiver = Perceiver(perceiver, width) if perceiver is not None else None
+        self.perceiver = Perceiver(perceiver, width, events) if perceiver is not None else None
         self.mlp = projection("mlp", width, width) if between == "mlp" else None
 
     @classmethod
@@ -60,6 +60,5 @@ class UserTokens(nn.Module):
         # padding must hold no value at all: 0 * NaN would otherwise reach real tokens
         tokens = torch.where(mask[..., None], tokens, torch.zeros((), dtype=tokens.dtype))
         if self.perceiver is not None:
-            tokens = self.perceiver(tokens, mask)
-            mask = mask.any(dim=1, keepdim=True).expand(-1, tokens.shape[1])
+            tokens, mask = self.perceiver(tokens, mask)
         return tokens if self.mlp is None else self.mlp(tokens), mask

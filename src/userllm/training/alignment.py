@@ -98,8 +98,8 @@ class TitleAlignment(nn.Module):
         return {"loss": loss, "alignment": loss}
 
     def _shown(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """What the language model is shown of each user's latest token (of all latents, behind a Perceiver): [E, D]."""
-        latest = tokens[:, -1] if self.model.config.perceiver is None else tokens.mean(1)
+        """What the language model is shown of each user's latest token (of all, where they have no age): [E, D]."""
+        latest = tokens[:, -1] if self.model.config.tokens_have_age else tokens.mean(1)
         if self.model.soft_prompt is not None:
             projected: Tensor = self.model.soft_prompt.project(latest)
             return projected
