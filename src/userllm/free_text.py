@@ -108,7 +108,7 @@ def write_texts(
     for step in range(decoding.max_new_tokens):
         with model.conditioned_or_not(writing.users):
             hidden = model.hidden(new, None, writing.cache, writing.mask, writing.source)
-        logits = decoding.allowed(model.head(hidden[:, -1]).float(), tokens[writing.rows, :step])
+        logits = decoding.allowed(model.head(hidden[:, -1]).float(), tokens[writing.rows, :step], end)
         chosen = decoding.choose(logits, draws[writing.rows, step])
         over = tokens[writing.rows, step - 1] == end if step else torch.zeros_like(chosen, dtype=torch.bool)
         tokens[writing.rows, step] = torch.where(over, end, chosen)

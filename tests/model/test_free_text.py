@@ -192,11 +192,39 @@ def test_bad_input_is_named(make_user_llm, users):
         model.write_texts(["a", ""], None, TextDecoding())
     for settings, message in (
         ({"max_new_tokens": 0}, "at least one"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "between 0 and max_new_tokens"),
         ({"temperature": 0.0}, "above 0"),
         ({"top_p": 1.2}, "at most 1"),
     ):
         with pytest.raises(UserError, match=message):
             model.write_texts(["a"], None, TextDecoding(**settings))
+
+
+@pytest.mark.parametrize("least", [0, 1, 4])
+def test_a_text_does_not_end_before_its_least_tokens(make_user_llm, users, least):
+    """As transformers' generate with ``min_new_tokens``; the end of text is what the model would write first."""
+    model = make_user_llm()
+    everyone = users(model)
+    read = torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]])
+    first = int(next_logits(model, PROMPTS[0], [], alone(everyone, 0))[-1].argmax())
+    model.tokenizer.eos_token_id = first
+    try:
+        decoding = TextDecoding(max_new_tokens=6, min_new_tokens=least)
+        written = model.write_texts(PROMPTS[:1], alone(everyone, 0), decoding)[0]
+        with model.conditioned(alone(everyone, 0)), torch.no_grad():
+            tokens = model.lm.generate(
+                input_ids=read,
+                max_new_tokens=6,
+                min_new_tokens=least,
+                do_sample=False,
+                eos_token_id=first,
+                pad_token_id=first,
+            )[0, read.shape[1] :]
+        kept = [t for t in tokens.tolist() if t != first]
+        assert written == model.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert len(kept) >= least and (written == "") == (least == 0)
+    finally:
+        model.tokenizer.eos_token = "<eos>"
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.2])
@@ -218,11 +246,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p):
 def test_no_run_of_tokens_comes_twice(n):
     written = torch.tensor([[5, 1, 2, 5, 1, 2, 5], [0, 1, 2, 3, 4, 5, 6]])
     logits = torch.zeros(2, 8)
-    kept = TextDecoding(no_repeat=n).allowed(logits, written)
+    kept = TextDecoding(no_repeat=n).allowed(logits, written, 7)
     banned = [set((row == -torch.inf).nonzero()[:, 0].tolist()) for row in kept]
     expected = {0: [set(), set()], 1: [{1, 2, 5}, set(range(7))], 2: [{1}, set()], 3: [{1}, set()]}[n]
     assert banned == expected
-    assert torch.equal(TextDecoding(no_repeat=n).allowed(logits, written[:, : max(n - 1, 0)]), logits)
+    short = written[:, : max(n - 1, 0)]
+    assert torch.equal(TextDecoding(no_repeat=n).allowed(logits, short, 7), logits)
 
 
 def test_a_text_without_repeats_has_none(make_user_llm, users):

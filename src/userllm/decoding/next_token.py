@@ -18,6 +18,8 @@ class TextDecoding:
 
     max_new_tokens: int = 64
     """Tokens of a text at most, its end included."""
+    min_new_tokens: int = 0
+    """Tokens before a text may end: a model that has seen many short texts may think an empty one the likeliest."""
     sample: bool = False
     """Whether tokens are drawn; otherwise each is the most likely one (greedy)."""
     temperature: float = 1.0
@@ -33,6 +35,11 @@ class TextDecoding:
         """Raise UserError for settings that cannot be used."""
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; a text takes at least one")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens is {self.min_new_tokens}; it lies between 0 and max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
         if self.temperature <= 0:
             raise UserError(
                 f"temperature is {self.temperature}; it must be above 0 (sample: false is greedy)"
@@ -47,8 +54,11 @@ class TextDecoding:
         rows = [np.random.default_rng([self.seed, n]).random(self.max_new_tokens) for n in numbers]
         return torch.from_numpy(np.stack(rows))
 
-    def allowed(self, logits: Tensor, written: Tensor) -> Tensor:
-        """Logits [R, V] without the tokens that would repeat a run of ``no_repeat`` in what is ``written`` [R, t]."""
+    def allowed(self, logits: Tensor, written: Tensor, end: int) -> Tensor:
+        """Logits [R, V] of tokens that may follow what is ``written`` [R, t]: no ``end`` before ``min_new_tokens``, no
+        run of ``no_repeat`` a second time."""
+        if written.shape[1] < self.min_new_tokens:
+            logits = logits.index_fill(1, torch.tensor([end], device=logits.device), -torch.inf)
         n = self.no_repeat
         if n == 0 or written.shape[1] < n:
             return logits
