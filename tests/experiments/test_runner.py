@@ -84,10 +84,24 @@ def test_a_cell_that_fails_costs_the_others_nothing(done, tmp_path):
     runner = Runner(tmp_path, launch, keep=True)
     failed = runner.run(FAMILY, "smoke", only=["proj", "reference"], extra=QUICK)
     assert [name.split("-")[1] for name in failed] == ["proj"]
-    assert commands(calls) == ["evaluate", "evaluate"]
+    assert commands(calls) == ["pretrain", "evaluate", "evaluate"]  # which finds it done
     assert len(list((tmp_path / "cells").glob("*.json"))) == 1
     kept = [path for path in (tmp_path / "work" / "runs").glob("smoke-reference*") if path.is_dir()]
     assert (kept[0] / "contextualize" / "model" / "config.json").is_file()
+
+
+def test_a_shared_stage_of_another_version_is_done_again_for_all(done, tmp_path):
+    shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
+    shared = next((tmp_path / "work" / "runs").glob("stage1-*")) / "stages.json"
+    records = json.loads(shared.read_text())
+    records["pretrain"]["settings"] = "what another version would call them"
+    shared.write_text(json.dumps(records))
+    runner = Runner(tmp_path, main, keep=True)
+    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+    again = json.loads(shared.read_text())["pretrain"]
+    cell = next((tmp_path / "work" / "runs").glob("smoke-proj-*/stages.json"))
+    assert again["settings"] != records["pretrain"]["settings"]
+    assert json.loads(cell.read_text())["pretrain"] == again
 
 
 def test_a_damaged_cell_is_named(done, tmp_path):

@@ -48,6 +48,7 @@ class Runner:
         self.work = out / "work"
         self.runs = self.work / "runs"
         self.launch, self.keep, self.say = launch, keep, say
+        self._pretrained: set[str] = set()
 
     def run(
         self,
@@ -112,12 +113,13 @@ class Runner:
             keys.append("lm")  # its item table begins with the language model's embeddings
         mine = {key: settings[key] for key in keys if key in settings}
         name = f"stage1-{settings_hash(mine)}"
-        stages = self.runs / name / "stages.json"
-        if not (stages.is_file() and _json(stages).get("pretrain", {}).get("done")):
+        if name not in self._pretrained:
+            # asked for even where it lies there: it may be half done, or another version's that cannot be taken over
             shared = mine | {key: settings[key] for key in ("threads", "lm") if key in settings}
             if self._userllm("pretrain", name, shared) != 0:
                 return None
-        return stages.parent
+            self._pretrained.add(name)
+        return self.runs / name
 
     def _userllm(self, command: str, name: str, settings: dict[str, Any]) -> int:
         self.work.mkdir(parents=True, exist_ok=True)
