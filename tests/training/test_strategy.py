@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from userllm.fusion.perceiver import PerceiverConfig
 from userllm.training.contextualize import ContextualizeConfig, ContextualizedLosses
 from userllm.training.examples import ExampleBatches
 from userllm.training.strategy import trainable_parameters
@@ -158,12 +159,12 @@ def test_adafactors_steps_are_a_share_of_each_weights_size(make_user_llm, datase
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_rates_and_decay_by_group(make_user_llm, dataset, split, stored, tmp_path, optimizer):
-    model = make_user_llm("lora", stir=False)
-    batches = ExampleBatches(model, dataset, split, stored, ContextualizeConfig(steps=1), 0)
+    model = make_user_llm("lora", stir=False, perceiver=PerceiverConfig(latents=3, layers=1, heads=2))
+    stage = ContextualizeConfig(steps=1)
+    batches = ExampleBatches(model, dataset, split, stored, stage, 0)
     config = OptimizationConfig(optimizer=optimizer, learning_rate=0.01, weight_decay=0.5)
     args = training_arguments(tmp_path / "c", config, 1, 0, None)
-    rates = {".user_block.gate": 10.0, ".user_block.": 1.0, "model.encoder.": 0.1, "model.lm.": 0.02}
-    trainer = StageTrainer(ContextualizedLosses(model), args, batches, rates=rates)
+    trainer = StageTrainer(ContextualizedLosses(model), args, batches, rates=stage.rates)
     names = {id(weight): name for name, weight in model.named_parameters()}
     seen = {}
     for group in trainer.create_optimizer().param_groups:
@@ -173,7 +174,8 @@ def test_rates_and_decay_by_group(make_user_llm, dataset, split, stored, tmp_pat
     assert seen.keys() == {name for name, weight in model.named_parameters() if weight.requires_grad}
     expected = {"encoder": 0.001, "projection": 0.01, "cross_attention": 0.01, "lora": 0.0002}
     for name, (rate, _) in seen.items():
-        assert rate == pytest.approx(0.1 if name.endswith("gate") else expected[group_of(name)]), name
+        own = 0.1 if name.endswith("gate") else 0.003 if "perceiver" in name else expected[group_of(name)]
+        assert rate == pytest.approx(own), name
 
 
 def test_a_frozen_lm_does_not_drop_out(make_user_llm):

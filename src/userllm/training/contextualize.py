@@ -67,9 +67,23 @@ class ContextualizeConfig:
     """Factor on the learning rate of the LM or its adapter (ours)."""
     alignment: AlignmentConfig | None = None
     """First step: bring user embeddings into the LM's space (ours); none by default, as in the papers."""
+    perceiver_rate: float = 0.3
+    """Factor on the learning rate of the Perceiver (ours: several layers deep, it suffers first from a high rate)."""
     gate_rate: float = 10.0
     """Factor on the learning rate of the gates and of the catalogue's weights (ours: a single scalar at 0 holds
     everything behind it back)."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Factor on the learning rate by a part of a weight's name; the first match counts."""
+        return {
+            ".user_tokens.perceiver.": self.perceiver_rate,
+            ".user_block.gate": self.gate_rate,
+            "model.catalogue.": self.gate_rate,
+            ".user_block.": 1.0,
+            "model.encoder.": self.encoder_rate,
+            "model.lm.": self.lm_rate,
+        }
 
 
 class ContextualizedLosses(nn.Module):
@@ -186,13 +200,7 @@ def contextualize(
         arguments,
         ExampleBatches(model, dataset, split, stored, config, seed, steps, config.every),
         evaluator,
-        rates={
-            ".user_block.gate": config.gate_rate,
-            "model.catalogue.": config.gate_rate,
-            ".user_block.": 1.0,
-            "model.encoder.": config.encoder_rate,
-            "model.lm.": config.lm_rate,
-        },
+        rates=config.rates,
         budget=budget,
         units=units_of(model) if fsdp else None,
     )
