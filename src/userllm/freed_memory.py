@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
+
+SCARCE = 0.15
+"""Share of the machine's memory that is left for others, below which what is free is no longer kept."""
 
 _keeps = False
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's <malloc.h>
@@ -32,3 +36,17 @@ def hand_back() -> None:
     """Give the kernel what is free at the moment, if it was kept: between the stages of a run, and every few steps."""
     if _keeps:
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def hand_back_if_scarce() -> None:
+    """The same where memory is ``SCARCE``, after every step: holes have cost a training as much again as it used, and a
+    slow step is better than a process that the kernel ends. A container's own limit is not seen."""
+    if _keeps and available_share() < SCARCE:
+        hand_back()
+
+
+def available_share(told: Path = Path("/proc/meminfo")) -> float:
+    """What programs can still have of the machine's memory, 0..1, by the kernel's own estimate."""
+    entries = dict(line.split(":", 1) for line in told.read_text().splitlines())
+    available, total = (int(entries[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    return available / total

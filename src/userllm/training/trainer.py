@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from userllm import processes
 from userllm.errors import UserError
-from userllm.freed_memory import hand_back
+from userllm.freed_memory import hand_back, hand_back_if_scarce
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
     gathered,
@@ -130,6 +130,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        hand_back_if_scarce()
         with processes.one_batch():
             losses: dict[str, Tensor] = model(**inputs)
         for name, value in losses.items():
