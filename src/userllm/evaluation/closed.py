@@ -40,6 +40,7 @@ from userllm.evaluation.ranking import (
 )
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
 from userllm.events import HistoryBatch
+from userllm.freed_memory import hand_back_if_scarce
 from userllm.model import UserLLM
 from userllm.tasks import ClosedTask, NextItem
 
@@ -219,6 +220,7 @@ class ClosedEvaluator:
 
         The encoder's batches are of users by the length of their histories.
         """
+        hand_back_if_scarce()
         rows, targets, other = self._known(question.task)
         if question.system == "encoder":
             part = self._ordered(question.task)[question.start // ENCODER_BATCH]

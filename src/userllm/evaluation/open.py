@@ -29,6 +29,7 @@ from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate, bootstrap_mean, paired_gain
 from userllm.evaluation.questions import Answers, Ask, Question, joined
 from userllm.evaluation.users import EvaluatedUsers, EvaluationConfig
+from userllm.freed_memory import hand_back_if_scarce
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
 from userllm.tasks import TextExample
@@ -137,6 +138,7 @@ class OpenEvaluator:
 
         A text of a decoding that is not for this user is None.
         """
+        hand_back_if_scarce()
         self.model.eval()
         texts, other = self._known(question.task)
         start, most = question.start, self.model.open_tasks[question.task].config.target_tokens
