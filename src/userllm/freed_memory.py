@@ -39,8 +39,8 @@ def hand_back() -> None:
 
 
 def hand_back_if_scarce() -> None:
-    """The same where memory is ``SCARCE``, at every step and batch: holes have cost a training as much again as it used,
-    and a slow step is better than a process that the kernel ends. A container's own limit is not seen."""
+    """The same where memory is ``SCARCE``, at every step and batch: holes have cost a training as much again as it
+    used, and a slow step is better than a process that the kernel ends. A container's own limit is not seen."""
     if _keeps and available_share() < SCARCE:
         hand_back()
 
