@@ -97,8 +97,8 @@ def test_the_numbers_belong_to_the_texts(folder, metrics):
         "prompt_tokens",
     }
     assert entry["decoding"]["greedy"] == {
-        "max_new_tokens": 6, "sample": False, "temperature": 1.0, "top_p": 1.0, "no_repeat": 0, "seed": 0,
-        "users": 7
+        "max_new_tokens": 6, "min_new_tokens": 0, "sample": False, "temperature": 1.0, "top_p": 1.0,
+        "no_repeat": 0, "seed": 0, "users": 7
     }  # fmt: skip
     assert entry["decoding"]["sampled"]["temperature"] == 0.9
     assert set(entry["gain"]) == set(entry["gain_nats"]) == {"over_shuffled", "over_no_user"}
