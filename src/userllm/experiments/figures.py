@@ -49,7 +49,7 @@ def rows_figure(
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         left.set_xlabel(METRICS.get(metric, metric))
-        right.set_xlabel("nats to the reference")
+        right.set_xlabel("nats to\nthe reference")
     return figure
 
 
