@@ -36,21 +36,29 @@ def test_the_second_large_tensor_needs_no_new_pages():
     assert pages["keep"] < pages["hand back"] / 10
 
 
-LEFT = """
-import torch
+HOLE = """
+import sys
 from pathlib import Path
-from userllm.freed_memory import hand_back, keep_freed_memory
+import torch
+from userllm import freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1])
-keep_freed_memory()
+freed_memory.keep_freed_memory()
 large = torch.ones(32 << 20)
 with_it = resident()
 last = torch.ones(1000)  # above the hole that is left
 del large
+"""
+"""A process with 32,768 pages that are free and kept."""
+
+LEFT = (
+    HOLE
+    + """
 kept = resident()
-hand_back()
+freed_memory.hand_back()
 print(with_it - kept, with_it - resident())
 """
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
@@ -60,22 +68,14 @@ def test_what_is_free_is_handed_back_when_asked():
     assert kept < 1000 and handed > 30_000  # of 32,768 pages
 
 
-SCARCE = """
-import sys
-from pathlib import Path
-import torch
-from userllm import freed_memory
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1])
-freed_memory.keep_freed_memory()
+SCARCE = (
+    HOLE
+    + """
 freed_memory.available_share = lambda: float(sys.argv[1])
-large = torch.ones(32 << 20)
-with_it = resident()
-last = torch.ones(1000)  # above the hole that is left
-del large
 freed_memory.hand_back_if_scarce()
 print(with_it - resident())
 """
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
