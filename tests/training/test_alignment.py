@@ -106,6 +106,8 @@ def test_it_learns_and_is_done_once(make_user_llm, dataset, split, stored, tmp_p
     assert sum(losses[-5:]) < sum(losses[:5])
     changed = {name for name, weight in model.named_parameters() if not torch.equal(before[name], weight)}
     assert changed and not any(name.startswith("lm.") and ".user_block." not in name for name in changed)
+    trained = ("soft_prompt.project.",) if fusion == "soft" else (".user_block.value.", ".user_block.out.")
+    assert all(any(part in name for name in changed) for part in trained)
     again = make_user_llm(stir=False, **FUSIONS[fusion])
     assert align(again, dataset, split, stored, config_of(steps=40), tmp_path / "a", 0) == []
     for (name, weight), other in zip(model.named_parameters(), again.parameters(), strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from userllm.training import budget as budget_module
+from userllm.training.alignment import AlignmentConfig
 from userllm.training.budget import Budget
 
 
@@ -63,6 +64,22 @@ def test_a_resumed_training_by_time(run_contextualize, interrupted, tmp_path):
     run_contextualize(tmp_path / "contextualize", seconds=used + 0.05)
     facts = json.loads((tmp_path / "contextualize" / "training.json").read_text())
     assert facts["steps"] > 4 and facts["seconds"] >= used + 0.05
+
+
+def test_what_an_alignment_took_is_charged_once_more_after_an_interruption(
+    run_contextualize, interrupted, tmp_path
+):
+    """Killed before stage 2's first checkpoint, the alignment behind it: it is not done again, and not free."""
+    folder = tmp_path / "contextualize"
+    told = {"alignment": AlignmentConfig(steps=2, histories=4), "seconds": 30.0}
+    with interrupted(step=4, complete=False):
+        run_contextualize(folder, **told)
+    took = folder / "alignment" / "seconds.json"
+    assert json.loads(took.read_text())["used"] > 0
+    took.write_text(json.dumps({"used": 30.0}))
+    run_contextualize(folder, **told)
+    facts = json.loads((folder / "training.json").read_text())
+    assert facts["steps"] == 1 and facts["seconds"] >= 30
 
 
 def test_pretraining_ends_with_its_time_after_a_validation(run_pretrain, tmp_path):

@@ -30,6 +30,7 @@ from userllm.data.store import Dataset
 from userllm.errors import UserError
 from userllm.fusion.history_text import HistoryText, HistoryTextConfig
 from userllm.model import UserLLM, event_texts
+from userllm.training.budget import Budget
 from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.trainer import (
     OptimizationConfig,
@@ -163,8 +164,12 @@ def align(
     config: AlignmentConfig,
     folder: Path,
     seed: int,
+    budget: Budget | None = None,
 ) -> list[dict[str, float]]:
-    """Align ``model`` in place; resumes from ``folder``, and is skipped where it has been done. Returns the log."""
+    """Align ``model`` in place; resumes from ``folder``, and is skipped where it has been done. Returns the log.
+
+    budget: of all of stage 2. It is charged what the alignment took, also where that was done before an interruption.
+    """
     step = (
         TitleAlignment(model, config.temperature)
         if config.to == "next_title"
@@ -173,14 +178,21 @@ def align(
     done = folder / "aligned.safetensors"
     if done.exists():
         load_trainable(step, done)
+        if budget is not None:
+            budget.resume(folder)
         return []
     trainer = StageTrainer(
         step,
         training_arguments(folder, config.optimization, config.steps, seed, None),
         ExampleBatches(model, dataset, split, stored, config, seed),
-        rates={"model.encoder.": config.encoder_rate, "model.lm.": 0.0},
+        # what is fused into the LM bears its name and is not the LM's own: the first match counts
+        rates={".user_block.": 1.0, "model.encoder.": config.encoder_rate, "model.lm.": 0.0},
     )
     history = trainer.run()
+    if budget is not None:
+        budget.agree()
+        if processes.is_main():
+            budget.save(folder)
     save_trainable(step, done)
     processes.wait()
     return history

@@ -59,17 +59,21 @@ class Budget(TrainerCallback):
         return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
 
     def save(self, folder: Path) -> None:
-        """Write the seconds used into a checkpoint."""
+        """Write the seconds used into a folder: a checkpoint, or what came before the first one."""
         (folder / _FILE).write_text(json.dumps({"used": self.used}))
 
     def resume(self, folder: Path) -> None:
-        """Go on from the seconds of a checkpoint."""
+        """Go on from the seconds in such a folder."""
         self._before = json.loads((folder / _FILE).read_text())["used"]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Agree on the time, so that rate and end are the same in all processes."""
+        """Rate and end are to be the same in all processes."""
+        self.agree()
+
+    def agree(self) -> None:
+        """Settle ``used`` between the processes; all of them have to call this."""
         if processes.count() > 1:
             self._agreed = (
                 processes.total(self._here) if self._counts_cpu else processes.told(lambda: self._here)

@@ -194,7 +194,7 @@ def contextualize(
         budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
     losses = ContextualizedLosses(model, sharded=fsdp)
     if config.alignment is not None:
-        align(model, dataset, split, stored, config.alignment, folder / "alignment", seed)
+        align(model, dataset, split, stored, config.alignment, folder / "alignment", seed, budget)
     trainer = StageTrainer(
         losses,
         arguments,
