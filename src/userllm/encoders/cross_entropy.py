@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from userllm import processes
+from userllm.bfloat16 import operand, rounded
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):
@@ -31,28 +32,24 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_table = torch.zeros_like(table) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        low_hidden, low_table = (
-            hidden.to(precision),
-            table.to(precision),
-        )  # no copies where it is theirs already
+        low_hidden, low_table = operand(hidden, precision), operand(table, precision)
         for start in range(0, hidden.shape[0], rows):
             h, t = low_hidden[start : start + rows], target[start : start + rows]
-            p = torch.softmax(h @ low_table.T, dim=-1, dtype=hidden.dtype)
+            p = torch.softmax(rounded(h @ low_table.T, precision), dim=-1, dtype=hidden.dtype)
             at_target = p.gather(1, t[:, None])
             log_p = at_target.log()
             if (lost := at_target[:, 0] < torch.finfo(p.dtype).tiny).any():  # too small to be told from 0
-                log_p[lost] = torch.log_softmax(h[lost] @ low_table.T, dim=-1, dtype=hidden.dtype).gather(
-                    1, t[lost, None]
-                )
+                logits = rounded(h[lost] @ low_table.T, precision)
+                log_p[lost] = torch.log_softmax(logits, dim=-1, dtype=hidden.dtype).gather(1, t[lost, None])
             total -= log_p.sum()
             if grad_hidden is not None and grad_table is not None:
                 p.scatter_(1, t[:, None], at_target - 1.0)
-                p = p.to(precision)
-                grad_hidden[start : start + rows] = p @ low_table
+                p = operand(p, precision)
+                grad_hidden[start : start + rows] = rounded(p @ low_table, precision)
                 if precision == grad_table.dtype:
                     grad_table.addmm_(p.T, h)
                 else:  # a block's product is rounded, the sum over blocks is not
-                    grad_table += p.T @ h
+                    grad_table += rounded(p.T @ h, precision)
         if grad_hidden is not None and grad_table is not None:
             ctx.save_for_backward(grad_hidden.div_(count), grad_table.div_(count))
         return total / count

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.bfloat16 import multiplies
 from userllm.data.text_store import TextStore
 from userllm.data.vocabulary import FIRST_VALUE, Vocabulary
 from userllm.encoders.base import UserEncoder
@@ -68,7 +69,7 @@ class TextConfig:
     """Events seen at most; of a longer history the latest (ours)."""
     products: Literal["float32", "bfloat16"] = "float32"
     """Of the Transformer's matrix products (ours); weights, norms and sums stay float32. "bfloat16" is several times as
-    fast on processors with bfloat16 instructions, and slower on others."""
+    fast on processors with bfloat16 instructions; on others it stays float32, which the output says."""
     causal: bool = True
     """Whether an embedding knows its own and earlier events only, so that one pass serves every prefix of a history
     (ours: the paper is silent), or all of them."""
@@ -215,7 +216,7 @@ class TextEncoder(UserEncoder):
             return self._embeddings(batch, length).to(self.fuse.weight.dtype), batch.mask
 
     def _products(self) -> AbstractContextManager[object]:
-        if self.config.products == "float32":
+        if self.config.products == "float32" or not multiplies(self.fuse.weight.device):
             return nullcontext()
         return torch.autocast(self.fuse.weight.device.type, torch.bfloat16)
 

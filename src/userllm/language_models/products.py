@@ -1,9 +1,9 @@
 """Matrix products in bfloat16 inside a float32 language model (ours).
 
-Processors with bfloat16 instructions (AVX512-BF16, AMX, any recent GPU) multiply matrices several times as fast in it;
-what lies between the products is no faster, or slower. So only the layers' products are done in bfloat16, summed up in
-float32 by the hardware and rounded once per product; weights, norms, residual stream, attention, the embeddings and the
-logits stay float32.
+Processors with bfloat16 instructions multiply matrices several times as fast in it; what lies between the products is
+no faster, or slower. So only the layers' products are done in bfloat16, summed up in float32 and rounded once per
+product; weights, norms, residual stream, attention, the embeddings and the logits stay float32. Processors without give
+the same numbers in float32's time (``userllm.bfloat16``).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from userllm.bfloat16 import operand, rounded
+
 
 class Bfloat16Linear(nn.Linear):
     """A linear layer with the weights of another one; its product is done in bfloat16, its output is of x's type.
 
-    A frozen weight is cast once and kept, which takes half of its memory again; one that is trained is cast anew each
-    time.
+    A frozen weight is cast once and kept, which takes half of its memory again (all of it on processors without
+    bfloat16); one that is trained is cast anew each time.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -27,16 +29,16 @@ class Bfloat16Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        bias = None if self.bias is None else self.bias.bfloat16()
-        return F.linear(input.bfloat16(), self._weight(), bias).to(input.dtype)
+        bias = None if self.bias is None else operand(self.bias)
+        return rounded(F.linear(operand(input), self._weight(), bias)).to(input.dtype)
 
     def _weight(self) -> Tensor:
         weight = self.weight
         if weight.requires_grad:
-            return weight.bfloat16()
+            return operand(weight)
         # the version moves with every change in place, such as the loading of other weights
         if self._kept is None or self._kept[0] != weight._version or self._kept[1].device != weight.device:
-            self._kept = (weight._version, weight.detach().bfloat16())
+            self._kept = (weight._version, operand(weight.detach()))
         return self._kept[1]
 
 

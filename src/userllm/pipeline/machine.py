@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from userllm import processes
+from userllm.bfloat16 import multiplies
 
 
 def commit() -> str:
@@ -29,7 +30,10 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """Processor, cores and memory, and the GPU where there is one."""
+    """Processor, its instructions, cores and memory, and the GPU where there is one.
+
+    Equal CPU seconds are unequal arithmetic where the instructions differ, bfloat16's above all.
+    """
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -39,7 +43,12 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     gpu += f", {processes.count()} processes" if processes.count() > 1 else ""
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
+    able = torch.backends.cpu.get_cpu_capability() + (
+        " with bfloat16" if multiplies(torch.device("cpu")) else " without bfloat16"
+    )
+    return (
+        f"{model}, {able}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
+    )
 
 
 def peak_rss_mb() -> float:

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from userllm import processes
+from userllm.bfloat16 import multiplies
 from userllm.config import RunConfig
 from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.sources.by_name import prepare
@@ -131,6 +132,8 @@ class Run:
                 user, _, stop = self.split.examples("test")[:1].T
                 task.examples(self.dataset, user, stop, 1)
         if isinstance(self.config.encoder, TextConfig):
+            if self.config.encoder.products == "bfloat16" and not multiplies(processes.device()):
+                say("encoder.products: float32, since this processor has no bfloat16")
             with processes.main_first():
                 self.texts = self._encode_texts(self.config.encoder)
 
