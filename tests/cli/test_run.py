@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import userllm
@@ -126,6 +127,19 @@ def test_the_report_alone(userllm, finished, which):
     page.unlink()
     assert userllm("report", which).code == 0
     assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_no_report_of_metrics_that_are_of_other_settings(userllm, finished, tmp_path):
+    """A run begun once more with other settings, and killed before it measured anything."""
+    again = tmp_path / "again"
+    shutil.copytree(finished / "runs/demo", again)
+    file = again / "config.yaml"
+    told = yaml.safe_load(file.read_text())
+    assert userllm("report", again).code == 0
+    told["contextualize"]["encoder_rate"] = 0.7
+    file.write_text(yaml.safe_dump(told))
+    said = userllm("report", again)
+    assert said.code == 2 and "is of other settings than" in said.error
 
 
 def test_the_report_of_a_run_that_measured_nothing(userllm, finished, tmp_path):

@@ -29,9 +29,15 @@ def make_cell(tmp_path):
         )
         file = tmp_path / "per_user.parquet"
         frame.write_parquet(file)
-        return CellStore(tmp_path).store(f"{name}-{seed}", {"settings": {"seed": seed}}, file)
+        return CellStore(tmp_path).store(f"{name}-{seed}", told_of(seed), file)
 
     return make
+
+
+def told_of(seed, kind="next_item", events=50, data="c221a94b"):
+    """What these comparisons read of a cell's JSON file."""
+    config = {"tasks": {"next_item": {"kind": kind}}, "fusion": {"events": events}}
+    return {"settings": {"seed": seed}, "config": config, "metrics": {"dataset": {"fingerprint": data}}}
 
 
 def test_a_difference_is_of_the_users_that_both_answered_for(make_cell):
@@ -129,7 +135,7 @@ def make_labels(tmp_path):
         )
         file = tmp_path / "per_user.parquet"
         frame.write_parquet(file)
-        return CellStore(tmp_path).store(f"{name}-{seed}", {"settings": {"seed": seed}}, file)
+        return CellStore(tmp_path).store(f"{name}-{seed}", told_of(seed), file)
 
     return make
 
@@ -177,6 +183,15 @@ def claim(**told):
             {"kind": "within", "margin": 0.01},
             "not confirmed",
         ),  # none of 200 may be 1 in 70
+        ([1] * 4 + [0] * 496, [0] * 500, {}, "not confirmed"),  # four users, p = .12
+        ([1] * 5 + [0] * 495, [0] * 499 + [1], {}, "not confirmed"),
+        ([1] * 20 + [0] * 480, [0] * 500, {}, "confirmed"),
+        (
+            [1] + [0] * 99,
+            [0] * 100,
+            {"kind": "within", "margin": 0.01},
+            "not confirmed",
+        ),  # who wins bounds no loss
         ([1] * 19 + [0], [1] * 20, {"kind": "within", "margin": 0.01}, "not confirmed"),
     ],
 )
@@ -184,6 +199,31 @@ def test_verdicts(make_cell, a, b, told, verdict):
     decided = decide(claim(**told), {"a": [make_cell("a", a)], "b": [make_cell("b", b, loglik=-4.0)]})
     assert decided.verdict == verdict
     assert decided.nats.estimate.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"events": 100, "kind": "favorite_category"}, "other numbers of events"),
+        ({"data": "another"}, "of other data"),
+        ({"events": 100}, None),  # the next item is the next item
+    ],
+)
+def test_cells_with_other_right_answers_are_not_compared(make_cell, other, why):
+    a, b = make_cell("a", [1] * 40), make_cell("b", [0] * 40)
+    kind = other.get("kind", "next_item")
+    a, b = replace(a, told=told_of(0, kind)), replace(b, told=told_of(0, **other))
+    if why is None:
+        assert decide(claim(), {"a": [a], "b": [b]}).verdict == "confirmed"
+        return
+    with pytest.raises(UserError, match=rf"a-0.json and b-0.json: cannot be compared.*{why}"):
+        decide(claim(), {"a": [a], "b": [b]})
+
+
+def test_both_sides_are_of_the_users_of_the_difference(make_cell):
+    a, b = make_cell("a", [1, 1, 0], users=[1, 2, 3]), make_cell("b", [0, 1, 1, 1], users=[1, 2, 8, 9])
+    decided = decide(claim(), {"a": [a], "b": [b]})
+    assert (decided.a.estimate.value, decided.b.estimate.value, decided.difference.n) == (1.0, 0.5, 2)
 
 
 def test_a_claim_about_a_missing_cell_or_system(make_cell):

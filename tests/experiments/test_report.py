@@ -188,7 +188,7 @@ def test_characters_that_no_page_can_show_are_replaced(reviews, tmp_path):
 def test_several_experiments_on_one_page(done, reviews, tmp_path):
     for out in (done[0], reviews):
         shutil.copytree(out / "cells", tmp_path / "cells", dirs_exist_ok=True)
-    experiments = [load_experiment(name) for name in ("family", "reviews", "strategies")]
+    experiments = [load_experiment(name) for name in ("family", "reviews", "strategies", "uem")]
     page = write_whole_report(experiments, "smoke", tmp_path, extra=QUICK, benchmarks=BENCHMARKS)
     assert page == tmp_path / "report-smoke.html"
     html = (tmp_path / "report-smoke.html").read_text(encoding="utf-8")
@@ -211,6 +211,11 @@ def test_several_experiments_on_one_page(done, reviews, tmp_path):
     [shared] = [line for line in overview.splitlines() if line.startswith("| Enc is above proj: next item")]
     assert shared.endswith("| strategies, family |")  # worded by the smaller one
     assert "Times less than Text Prompt, in batches" in text
+    # one cell of two or three is no whole experiment, one that nothing was run of is none
+    assert re.search(
+        r"\| v1 T13 \| .* \| reviews \(in part\), strategies \(in part\) \|", text
+    )
+    assert re.search(r"\| UEM \| .* \| not redone \|", text)
     assert re.search(r"\| v1 T11 \| .* \| not redone: Google Local", text)
 
 
@@ -244,10 +249,23 @@ def test_seeds_stand_beside_the_means(done, tmp_path):
         file.write_text(json.dumps(told))
     page = write_experiment_report(FAMILY, "smoke", tmp_path, seeds=[0, 1], extra=QUICK)
     text = page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "- Seeds: 0, 1" in text and "between seeds" in text
+    assert "- Seeds: 0, 1\n" in text and "between seeds" in text
+    assert f"report family --scale smoke --seeds 0 1 --set {' '.join(QUICK)}`" in text
     [row] = [line for line in text.splitlines() if "above the projection alone (proj): next item" in line]
     assert "| not confirmed | +0.000 [+0.000, +0.000] |" in row
     assert re.search(r"\| [01] of 2 \(-?\S+ to \+\S+\) \|", row)
+
+
+def test_seeds_that_some_rows_lack(done, tmp_path):
+    shutil.copytree(done[0] / "cells", tmp_path / "cells")
+    source = stored(FAMILY, done[0], "proj")["proj"][0]
+    file = (
+        tmp_path / "cells" / f"smoke-proj-s1-{settings_hash(FAMILY.settings('proj', 'smoke', 1, QUICK))}.json"
+    )
+    shutil.copy(source.file.with_suffix(".parquet"), file.with_suffix(".parquet"))
+    file.write_text(json.dumps(source.told | {"settings": source.told["settings"] | {"seed": 1}}))
+    page = write_experiment_report(FAMILY, "smoke", tmp_path, seeds=[0, 1], extra=QUICK)
+    assert "- Seeds: 0; 1 of proj alone\n" in page.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_a_report_of_nothing(tmp_path, capsys):

@@ -63,6 +63,32 @@ def test_what_is_done_is_not_done_again(done):
     assert calls == []
 
 
+def test_other_data_is_not_taken_for_done(done, tmp_path):
+    """Where files lie is not in the hash of a cell; what they hold must be what it was run on."""
+    from userllm.data.sources.synthetic import prepare_synthetic_reviews
+
+    prepare_synthetic_reviews(tmp_path / "mine")
+    runner = Runner(done[0], lambda _: 1)
+    with pytest.raises(UserError, match=r"smoke-proj.*was run on synthetic.*and data.folder .*mine holds"):
+        runner.run(FAMILY, "smoke", only=["proj"], extra=[*QUICK, f"data.folder={tmp_path / 'mine'}"])
+
+
+def test_half_a_copy_of_the_shared_stage_is_not_gone_on_with(done, tmp_path, monkeypatch):
+    shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
+
+    def cut_off(first, folder, **_):
+        folder.mkdir()
+        shutil.copy(first / "stages.json", folder)
+        raise KeyboardInterrupt
+
+    runner = Runner(tmp_path, main, say=lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK)
+    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+
+
 def test_cells_merge_by_copying(done, tmp_path):
     for file in (done[0] / "cells").glob("smoke-proj-*"):
         (tmp_path / "cells").mkdir(exist_ok=True)

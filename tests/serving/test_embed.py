@@ -1,7 +1,9 @@
 """A dataset's users in a store: equal to the histories, resumed, brought up to date, refused where it does not fit."""
 
 import json
+import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -16,7 +18,7 @@ from userllm.serving import embed as embedding
 from userllm.serving import store as on_disk
 from userllm.serving.embed import DatasetUsers, check_current, embed, store_card
 from userllm.serving.export import export_embeddings
-from userllm.serving.store import UserStore
+from userllm.serving.store import LEFT_BEHIND, UserStore
 from userllm.serving.user_side import UserSide
 
 PERCEIVER = PerceiverConfig(latents=3, layers=1, heads=2)
@@ -99,6 +101,17 @@ def test_half_floats_take_half_the_space_and_cost_little(make_user_llm, dataset,
     assert sizes["float16"] < 0.7 * sizes["float32"]
 
 
+def test_the_latest_record_of_a_user_counts_whoever_wrote_it(make_user_llm, dataset, tmp_path, small_blocks):
+    """A store that was opened before another process added to it."""
+    model = make_user_llm()
+    first, _ = stored(model, dataset, tmp_path / "store", users=["u1"])
+    stored(model, dataset, tmp_path / "store")
+    newer = replace(first["u1"], embeddings=first["u1"].embeddings + 1)
+    first.put([newer])
+    again = UserStore.read(tmp_path / "store")["u1"]
+    assert torch.equal(again.embeddings, newer.embeddings)
+
+
 def test_an_interrupted_command_goes_on(make_user_llm, dataset, tmp_path, small_blocks):
     model = make_user_llm()
 
@@ -108,7 +121,12 @@ def test_an_interrupted_command_goes_on(make_user_llm, dataset, tmp_path, small_
 
     with pytest.raises(KeyboardInterrupt):
         stored(model, dataset, tmp_path / "store", progress=interrupt)
-    (tmp_path / "store" / ".000003-beef.safetensors.partial").write_bytes(b"half of a file")
+    half, writing = (
+        tmp_path / "store" / f".{name}.safetensors.partial" for name in ("000003-beef", "000004-cafe")
+    )
+    for file in (half, writing):
+        file.write_bytes(b"half of a file")
+    os.utime(half, (0, time.time() - 2 * LEFT_BEHIND))
     assert len(UserStore.read(tmp_path / "store")) == 10
     assert json.loads((tmp_path / "store" / "card.json").read_text())["fingerprint"] is None
     seen = []
@@ -117,7 +135,9 @@ def test_an_interrupted_command_goes_on(make_user_llm, dataset, tmp_path, small_
     )
     assert (told.known, told.new) == (10, 14)
     assert seen[-1] == (24, 24)
-    assert len(store) == 24 and not list((tmp_path / "store").glob(".*.partial"))
+    assert len(store) == 24 and list((tmp_path / "store").glob(".*.partial")) == [
+        writing
+    ]  # another process's
     assert store.card.fingerprint == dataset.card.fingerprint
     whole, _ = stored(model, dataset, tmp_path / "whole")
     for user in whole:

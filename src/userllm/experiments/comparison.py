@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -21,6 +21,7 @@ RANKING = tuple(user_metrics([1]))
 """Metrics that follow from a rank; any other is a column of a cell's numbers by user."""
 WEIGHTED_F1 = "f1"
 """Of all texts together, label by label: no mean of users' values."""
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Measured:
     """Each training's own mean. Where a cell asks a sample of the users, every seed asks its own."""
     p: float | None = None
     """Of a difference: two-sided p of there being none, by flipping the users' signs."""
+    lost: int | None = None
+    """Of a difference: users with whom it is below 0; None where users have no difference of their own."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     if users.is_empty():
         return None
     values = users["value"].to_numpy()
-    return Measured(len(users), bootstrap_mean(values), _by_seed(pairs), sign_flip_p(values))
+    lost = int((values < 0).sum())
+    return Measured(len(users), bootstrap_mean(values), _by_seed(pairs), sign_flip_p(values), lost)
 
 
 def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
@@ -142,18 +146,47 @@ def _by_seed(rows: pl.DataFrame) -> dict[int, float]:
 
 
 def _lowest(between: Measured) -> float:
-    """The interval's lower end. Resampling pairs of which none differs says nothing of those not seen: there the 95 %
-    bound for something that never happened in n trials counts, 3 / n."""
+    """The interval's lower end. Resampling pairs of which none speaks against a says nothing of those not seen: there
+    the 95 % bound for something that never happened in n trials is taken off, 3 / n."""
     estimate = between.estimate
-    return estimate.low - 3 / between.n if estimate.low == estimate.high == 0 else estimate.low
+    unseen = between.lost == 0 if between.lost is not None else estimate.low == estimate.high == 0
+    return estimate.low - 3 / between.n if unseen else estimate.low
+
+
+def incomparable(task: str, a: Sequence[FinishedCell], b: Sequence[FinishedCell]) -> str | None:
+    """Why a task's right answers in one cell are not those in the other, by users' ids; None where they are.
+
+    A favourite category is of the events that a model is shown, so cells that show other numbers of events ask for
+    another thing. Cells that were run on several machines may be of other data.
+    """
+
+    def shown(cells: Sequence[FinishedCell]) -> set[object]:
+        asked = [told for told in _configs(cells) if told["tasks"][task]["kind"] == "favorite_category"]
+        return {told["fusion"]["events"] for told in asked}
+
+    def _configs(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
+        return [told for cell in cells if task in (told := cell.told["config"])["tasks"]]
+
+    if len({cell.metrics["dataset"]["fingerprint"] for cell in (*a, *b)}) > 1:
+        return "they are of other data (the dataset's fingerprint differs)"
+    if len(shown(a) | shown(b)) > 1:
+        return f"they show other numbers of events (fusion.events), so {task} has other right answers"
+    return None
 
 
 def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided:
     """What our cells say of a claim. cells: the finished ones by name, one per seed.
 
-    Confirmed: the whole interval of the difference lies on the claim's side, and so does every seed's own difference.
+    Confirmed: the whole interval of the difference lies on the claim's side, and so does every seed's own difference;
+    of "above", p is below .05, too, since the interval of a few users who differ is too short.
     The interval knows users, not trainings; one of several trainings that says the opposite is enough to doubt.
+    a and b of the outcome are of the users and seeds that both answered for. Raises UserError where the cells cannot be
+    compared (``incomparable``).
     """
+    sides = [cells.get(side.cell, ()) for side in (claim.a, claim.b)]
+    if (why := incomparable(claim.task, *sides)) is not None:
+        files = " and ".join(side[0].file.name for side in sides)
+        raise UserError(f"{files}: cannot be compared, as the claim {claim.text!r} does: {why}")
 
     def rows(side: Side, metric: str) -> pl.DataFrame:
         return per_user(cells.get(side.cell, ()), claim.task, side.system, metric)
@@ -162,9 +195,12 @@ def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided
     between = difference(a, b)
     if between is None:
         return Decided(claim, "not run", mean(a), mean(b))
+    keys = ["user", "seed"]
+    a, b = a.join(b, on=keys, how="semi"), b.join(a, on=keys, how="semi")
     needed = 0.0 if claim.kind == "above" else -claim.margin
     agreeing = sum(value > needed for value in between.by_seed.values())
-    holds = _lowest(between) > needed and agreeing == len(between.by_seed)
+    clear = claim.kind == "within" or between.p is None or between.p < _SIGNIFICANT
+    holds = _lowest(between) > needed and clear and agreeing == len(between.by_seed)
     nats = difference(rows(claim.a, LOG_LIKELIHOOD), rows(claim.b, LOG_LIKELIHOOD))
     verdict: Verdict = "confirmed" if holds else "not confirmed"
     return Decided(claim, verdict, mean(a), mean(b), between, nats, agreeing)

@@ -93,8 +93,9 @@ def _by_length(told: dict[str, Any]) -> list[Part]:
 
     def times(measure: Measure) -> Callable[[dict[str, Any], str], float | None]:
         def ratio(cell: dict[str, Any], length: str) -> float | None:
-            ours, theirs = measure(cell), measure(cells[TEXT_PROMPT].get(length, cell))
-            return theirs / ours if ours and theirs else None
+            ours, theirs = measure(cell), cells[TEXT_PROMPT].get(length)
+            text = None if theirs is None else measure(theirs)
+            return text / ours if ours and text else None
 
         return ratio
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from userllm.experiments.cells import FinishedCell
-from userllm.experiments.comparison import LOG_LIKELIHOOD, Measured, difference, mean, per_user
+from userllm.experiments.comparison import LOG_LIKELIHOOD, Measured, difference, incomparable, mean, per_user
 from userllm.experiments.definition import Experiment
 from userllm.report.figures import INK, STYLE
 from userllm.report.wording import METRICS
@@ -35,7 +35,7 @@ def rows_figure(
     scores = [mean(per_user(cells[name], task, "user_llm", metric)) for name in names]
     gains = [
         None
-        if name == experiment.reference
+        if name == experiment.reference or incomparable(task, cells[name], reference)
         else difference(per_user(cells[name], task, "user_llm", LOG_LIKELIHOOD), base)
         for name in names
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def write_experiment_report(
     facts = [
         ("Scale", _SCALE[scale]),
         ("Cells", counted + (f"; not run: {', '.join(missing)}" if missing else "")),
+        ("Seeds", _seeds(stored)),
         *_facts([cell for cells in stored.cells.values() for cell in cells]),
     ]
     named = {place.table for cell in experiment.cells.values() for place in cell.published}
@@ -73,7 +75,7 @@ def write_experiment_report(
             Section("notes", "How this differs from the papers", "", [Notes(experiment.notes)]),
             _READING,
         ],
-        f"userllm experiments report {experiment.name} --scale {scale}",
+        _command(experiment.name, scale, seeds, extra),
     )
     file = out / f"{experiment.name}-{scale}.html"
     write_page(page, file)
@@ -103,6 +105,7 @@ def write_whole_report(
     facts = [
         ("Scale", _SCALE[scale]),
         ("Cells", f"{len(cells)} of {len(whole)}, some of them in several experiments"),
+        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells.values()}))),
         *_facts(list(cells.values())),
     ]
     sections = [
@@ -125,11 +128,19 @@ def write_whole_report(
         "the papers' figures beside ours, and a verdict per claim. Unofficial; other data, another language model.",
         facts,
         sections,
-        f"userllm experiments report --scale {scale}",
+        _command("", scale, seeds, extra),
     )
     file = out / f"report-{scale}.html"
     write_page(page, file)
     return file
+
+
+def _command(name: str, scale: str, seeds: Sequence[int] | None, extra: Sequence[str]) -> str:
+    """What writes the page again, less the folder (``--out``)."""
+    parts = ["userllm experiments report", name, f"--scale {scale}"]
+    parts += ["--seeds " + " ".join(map(str, seeds))] if seeds else []
+    parts += ["--set " + shlex.join(extra)] if extra else []
+    return " ".join(part for part in parts if part)
 
 
 def _overview(every: Sequence[Stored]) -> Section:
@@ -256,7 +267,11 @@ def _coverage(every: Sequence[Stored]) -> Section:
     """Which table of the papers is redone where."""
     table = Table("", "", ["Paper", "What", "Redone in"])
     for name, paper in paper_tables().items():
-        where = [one.experiment.name for one in every if name in one.experiment.redoes]
+        redone = [one for one in every if name in one.experiment.redoes and one.cells]
+        where = [
+            one.experiment.name + (" (in part)" if len(one.cells) < len(one.experiment.cells) else "")
+            for one in redone
+        ]
         reason = f"not redone: {paper.not_redone}" if paper.not_redone else "not redone"
         table.rows.append([name, paper.title, ", ".join(where) or reason])
     about = "Every table and figure of the papers with numbers to compare, and the experiments beside it."
@@ -285,6 +300,18 @@ def _published(title: str, chosen: Sequence[PaperTable]) -> Section:
     return Section("papers", title, about, parts)
 
 
+def _seeds(stored: Stored) -> str:
+    """Which seeds every row has, and which rows have more."""
+    of_rows = {name: [cell.seed for cell in cells] for name, cells in stored.cells.items()}
+    common = sorted(set.intersection(*(set(seeds) for seeds in of_rows.values())))
+    more: dict[str, list[str]] = {}
+    for name, seeds in of_rows.items():
+        if other := [str(seed) for seed in seeds if seed not in common]:
+            more.setdefault(", ".join(other), []).append(name)
+    parts = [", ".join(map(str, common))] if common else []
+    return "; ".join([*parts, *(f"{seeds} of {', '.join(names)} alone" for seeds, names in more.items())])
+
+
 def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
     """What was run, in words: one line for each machine, commit, data set and language model."""
 
@@ -296,7 +323,6 @@ def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
 
     dates = sorted({cell.told["date"] for cell in cells})
     return [
-        ("Seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))),
         *lines("Data", [_data(cell) for cell in cells]),
         *lines("Language model", [_lm(cell) for cell in cells]),
         *lines("Hardware", [cell.told["hardware"] for cell in cells]),

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from userllm.data.store import Dataset
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.definition import Experiment, settings_hash
@@ -66,8 +67,9 @@ class Runner:
             settings = experiment.settings(cell, scale, seed, extra)
             name = f"{scale}-{cell}-s{seed}-{settings_hash(settings)}"
             where = f"{experiment.name} {number}/{len(wanted)}: {name}"
-            if self.store.find(settings_hash(settings)) is not None:
-                self.say(f"{where}: done before, skipped")
+            stored = self.store.find(settings_hash(settings))
+            if stored is not None:
+                self.say(f"{where}: done before on {_same_data(stored, settings)}, skipped")
                 continue
             self.say(where)
             if (
@@ -86,7 +88,12 @@ class Runner:
         if not (folder / "stages.json").is_file():  # else it was interrupted, and goes on
             shutil.rmtree(folder, ignore_errors=True)
             ignored = shutil.ignore_patterns("checkpoint-*", "best.safetensors", "tensorboard", "config.yaml")
-            shutil.copytree(first, folder, ignore=ignored)
+            partial = folder.with_name(
+                f".{folder.name}.partial"
+            )  # half a copy must not pass for an interrupted run
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(first, partial, ignore=ignored)
+            partial.rename(folder)
         if self._userllm("evaluate", name, settings) != 0:
             return None
         metrics = _json(folder / "metrics.json")
@@ -127,6 +134,21 @@ class Runner:
         text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
         file.write_text(text, encoding="utf-8")
         return self.launch([command, str(file), "--runs", str(self.runs)])
+
+
+def _same_data(cell: FinishedCell, settings: dict[str, Any]) -> str:
+    """The data of a stored cell, in words. Where files lie is not in a cell's hash: raises UserError where the folder
+    that is given now holds other data."""
+    data = cell.metrics["dataset"]
+    folder = settings["data"].get("folder")
+    if folder is not None and Path(folder, "card.json").is_file():
+        here = Dataset.open(folder).card
+        if here.fingerprint != data["fingerprint"]:
+            raise UserError(
+                f"{cell.file}: was run on {data['name']} {data['fingerprint'][:12]}, and data.folder {folder} holds "
+                f"{here.name} {here.fingerprint[:12]}; give other data an --out of its own"
+            )
+    return f"{data['name']} {data['fingerprint'][:12]}"
 
 
 def _first_lines(file: Path) -> list[dict[str, Any]]:

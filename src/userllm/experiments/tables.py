@@ -12,6 +12,7 @@ from userllm.experiments.comparison import (
     Decided,
     Measured,
     difference,
+    incomparable,
     mean,
     per_user,
     ratio,
@@ -34,16 +35,19 @@ SHOWN: dict[str, tuple[str, ...]] = {
 """Metrics by kind of task; the first one decides the order of things."""
 
 READING = (
-    "A claim is confirmed where the whole 95 % interval of the paired difference lies on its side (where none differs "
-    "at all, an interval of 3 / n about 0), and so does each seed's own difference; not confirmed otherwise; not run "
-    "where a cell is missing.",
+    "A claim is confirmed where the whole 95 % interval of the paired difference lies on its side (where no user "
+    "speaks against it, 3 / n is taken off: what was never seen may yet happen), where each seed's own difference lies "
+    "there, too, and, if one side is to be above the other, where p is below .05. It is not confirmed otherwise, and "
+    "not run where a cell is missing or no user was asked in both. a and b are of the users of the difference.",
     "Differences are paired: the same users under the same seed. Intervals are bootstrap intervals over users, each "
     "user's seeds averaged first; they know nothing of trainings, for which the seeds stand beside them (lowest to "
     "highest). Where a cell asks a sample of the users, each seed asks its own sample.",
     "A weighted F1 is of all texts together, label by label, and no mean over users: its interval computes it anew for "
     "each resample of the users, a difference with both rows' texts of the same users; it has no p.",
     "p: two-sided, of no difference, by flipping the signs of the users' differences 1,999 times, so never below "
-    ".0005. It is not corrected for the number of claims, and decides nothing.",
+    ".0005. It is not corrected for the number of claims.",
+    "Favourite genre and category are of the events that a row is shown: rows that are shown another number of events "
+    "have other right answers, and are not set against each other.",
     "Nats: the difference in log-likelihood of the true answer. It shows effects that recall is too coarse for, and "
     "decides nothing.",
     "Its encoder alone: the encoder's own ranking after stage 1, without a language model; beside it the share of that "
@@ -128,8 +132,9 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
             if measured is None and not ours:
                 continue  # cells of an older version, or without another user
             is_reference = ours and cell.name == experiment.reference
-            against = None if is_reference else difference(own[main], base[main])
-            nats = None if is_reference else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
+            alike = not is_reference and incomparable(task, cells[cell.name], reference) is None
+            against = None if not alike else difference(own[main], base[main])
+            nats = None if not alike else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
             table.rows.append(
                 [
                     f"{cell.name}: {cell.label}" if ours else f"{cell.name} / {label(system, SYSTEMS)}",
@@ -221,8 +226,8 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
     table = Table(
         "What it cost",
         "Means over seeds. Seconds of CPU time of each stage, all threads together (on an accelerator, of the host); "
-        "examples seen in stage 2; perplexity of a general English text read by the base LM, by the trained LM without "
-        "a user, and with one.",
+        "examples drawn in stage 2, those without a right answer (an empty review) among them; perplexity of a general "
+        "English text read by the base LM, by the trained LM without a user, and with one.",
         [
             "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "evaluation, s", "LM tokens a prompt",
             "peak memory, MB", "perplexity",

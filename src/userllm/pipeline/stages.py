@@ -52,9 +52,7 @@ class Stages:
         """What is known of all stages, with this one begun; None where it is done."""
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
-        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
-        settings = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        settings = self._settings(keys)
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             return None
@@ -65,6 +63,20 @@ class Stages:
         records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
         self._write(records)
         return records
+
+    def _settings(self, keys: list[str]) -> str:
+        """Hash of these parts of the configuration."""
+        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
+        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    def changed_since(self, name: str, keys: list[str]) -> bool:
+        """Whether a stage that was done once has other settings now, and what it left is of the old ones."""
+        file = self.folder / "stages.json"
+        if not file.is_file():
+            return False
+        record = json.loads(file.read_text()).get(name)
+        return record is not None and record["settings"] != self._settings(keys)
 
     def _write(self, records: dict[str, Any]) -> None:
         write(self.folder / "stages.json", json.dumps(records, indent=1))

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +38,8 @@ FORMAT_VERSION = 1
 AGAIN = "run `userllm embed` again"
 BLOCK_USERS, BLOCK_BYTES = 1024, 1 << 26
 """Users and bytes of a file at most (at least one user): what an interruption can cost."""
+LEFT_BEHIND = 3600.0
+"""Seconds after which nobody is writing a half-written file any more."""
 FEW_USERS = 64
 """A file with fewer users than this is put together with others, once there are as many such files."""
 
@@ -177,7 +181,8 @@ class UserStore:
         """Add users, or put newer records of them in the place of older ones, as one file."""
         if not records:
             return
-        latest = max((int(file.name.split("-")[0]) for file in self._blocks), default=0)
+        # others may have written since this store was opened, and the latest record of a user is to count
+        latest = max((int(file.name.split("-")[0]) for file in self.folder.glob("*.safetensors")), default=0)
         file = self.folder / f"{latest + 1:06d}-{secrets.token_hex(4)}.safetensors"
         partial = self.folder / f".{file.name}.partial"
         tensors = _one_after_the_other([record.columns() for record in records])
@@ -206,10 +211,12 @@ class UserStore:
 
     def compact(self) -> None:
         """Put files together that few users are in, or mostly users of whom there are newer records; remove what an
-        interruption has left half written. Nothing else may write to the store meanwhile.
+        interruption has left half written, an hour ago or earlier: what is younger, another process may be writing.
         """
         for leftover in self.folder.glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process tidies up, too
+                if time.time() - leftover.stat().st_mtime > LEFT_BEHIND:
+                    leftover.unlink()
         live: dict[Path, list[str]] = {file: [] for file in self._blocks}
         for user, (file, _) in self._place.items():
             live[file].append(user)
@@ -220,7 +227,7 @@ class UserStore:
         assert moved == sum(len(live[file]) for file in old)
         for file in old:
             del self._blocks[file]
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 class _Block:
