@@ -212,9 +212,7 @@ def test_several_experiments_on_one_page(done, reviews, tmp_path):
     assert shared.endswith("| strategies, family |")  # worded by the smaller one
     assert "Times less than Text Prompt, in batches" in text
     # one cell of two or three is no whole experiment, one that nothing was run of is none
-    assert re.search(
-        r"\| v1 T13 \| .* \| reviews \(in part\), strategies \(in part\) \|", text
-    )
+    assert re.search(r"\| v1 T13 \| .* \| reviews \(in part\), strategies \(in part\) \|", text)
     assert re.search(r"\| UEM \| .* \| not redone \|", text)
     assert re.search(r"\| v1 T11 \| .* \| not redone: Google Local", text)
 
