@@ -66,7 +66,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError for settings that cannot go together, before any work is done."""
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
         if self.data.release is None and self.data.folder is None and self.data.table is None:
             raise UserError(

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from userllm.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,6 +40,13 @@ class Event:
     item: str
     time: int | None = None
     fields: Mapping[str, float | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise UserError for an item that is no text."""
+        if not isinstance(self.item, str):
+            raise UserError(
+                f"Event({self.item!r}): an item is its raw id or its title, a text; give {str(self.item)!r}"
+            )
 
 
 @dataclass(frozen=True)

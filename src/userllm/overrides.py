@@ -11,7 +11,17 @@ from userllm.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Dates are text: every setting that is a date is one."""
+    """Dates are text: every setting that is a date is one. A setting that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See the class."""
+        said: set[str] = set()
+        for key, _ in node.value:  # before anything is merged in, which may be said anew
+            if isinstance(key, yaml.ScalarNode) and key.value in said:
+                problem = f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            said.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

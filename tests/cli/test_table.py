@@ -84,6 +84,30 @@ def test_append(userllm, folder):
     assert Dataset.open(folder / "d").num_events == 24
 
 
+def test_an_item_may_be_described_after_its_first_event(userllm, tmp_path):
+    flags = ["--user", "u", "--item", "i", "--time", "t"]
+    items = ["--item-key", "id", "--title", "name", "--category", "kind"]
+    (tmp_path / "a.csv").write_text("u,i,t\nx,p1,1\n")
+    (tmp_path / "items.csv").write_text("id,name,kind\np1,One,a\n")
+    told = ["--items", "items.csv", *items]
+    said = userllm("data", "prepare", "table", "--path", "a.csv", *flags, *told, "--out", "d", cwd=tmp_path)
+    assert said.code == 0, said.err
+    (tmp_path / "b.csv").write_text("u,i,t\nx,p2,2\n")
+    assert userllm("data", "append", "d", "b.csv", cwd=tmp_path).code == 0
+    assert Dataset.open(tmp_path / "d").items["title"].to_list() == ["One", "p2"]
+    (tmp_path / "c.csv").write_text("u,i,t\nx,p3,3\n")
+    (tmp_path / "more.csv").write_text("id,name,kind\np3,Three,c\np2,Two,b\np1,Another,a\n")
+    said = userllm("data", "append", "d", "c.csv", "--items", "more.csv", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert (
+        "1 items are described otherwise than before and stay as they were, the first of them 'p1'"
+        in said.err
+    )
+    grown = Dataset.open(tmp_path / "d").items
+    assert grown["title"].to_list() == ["One", "Two", "Three"]
+    assert grown["category"].to_list() == [["a"], ["b"], ["c"]]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

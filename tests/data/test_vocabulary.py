@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
 from userllm.data import Vocabulary
+from userllm.data.vocabulary import value_text
 from userllm.errors import UserError
 
 
@@ -22,6 +24,13 @@ def test_ratings_are_texts_in_numeric_order(made):
     assert ratings.values == ["0.5", "1", "1.5", "2", "2.5", "3", "3.5", "4", "4.5", "5"]
     assert ratings.id_of(4.0) == ratings.id_of("4") == 9
     assert ratings.id_of(4.25) == 1
+
+
+def test_numbers_are_spelt_so_that_they_can_be_told_apart():
+    large = [1234560.0, 1234567.0, 12345.67, 0.5, 4.0, 4.1, 1e-5]
+    texts = [value_text(number) for number in large]
+    assert texts == ["1234560", "1234567", "12345.67", "0.5", "4", "4.1", "0.00001"]
+    assert value_text(float(np.float32(4.1))) == "4.1"  # as a dataset holds it
 
 
 def test_genres_and_years(made):

@@ -46,6 +46,34 @@ def test_other_settings_begin_at_nought(tmp_path):
     assert record(tmp_path)["seconds"] < 0.4
 
 
+def test_what_a_wrong_setting_put_aside_comes_back(tmp_path):
+    """A finished training; then a setting that turns out to be wrong once its stage has begun."""
+    made = tmp_path / "contextualize" / "model"
+
+    def stage(steps):
+        return Stages(tmp_path, {"steps": steps}).stage("contextualize", ["steps"], made.exists)
+
+    def fails():
+        with stage(-1) as todo:
+            assert todo and not made.exists()
+            raise ValueError("a wrong setting")
+
+    with stage(10):
+        made.mkdir(parents=True)
+    before = json.loads((tmp_path / "stages.json").read_text())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a wrong setting"):
+            fails()
+    with stage(10) as todo:
+        assert not todo and made.exists()
+    assert json.loads((tmp_path / "stages.json").read_text()) == before
+    with stage(20) as todo:
+        assert todo and not made.exists()
+        made.mkdir(parents=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["contextualize", "stages.json"]
+    assert [path.name for path in (tmp_path / "contextualize").iterdir()] == ["model"]
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

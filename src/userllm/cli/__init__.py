@@ -108,6 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = os.environ.get("RANK", "0")  # of several processes that a launcher started
         print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}; choose another place, or make room there",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)
         return 130

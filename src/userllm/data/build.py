@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,14 +140,49 @@ class DatasetBuilder:
             self._spill.append(columns | {"user": users_of(old.offsets, start, stop)})
 
     def add_items(self, items: pl.DataFrame) -> None:
-        """The catalogue, or more of it: id, title, item fields. Items that are there already stay as they are."""
+        """The catalogue, or more of it: id, title, item fields.
+
+        Of items that are there already, those that came with an event and were never described are now; others stay as
+        they are, with a warning where they are described otherwise.
+        """
         if self.items is None:
             self.items = items
         else:
-            new = items.filter(~pl.col("id").is_in(self.items["id"].to_list()))
-            self.items = pl.concat([self.items, new], how="diagonal_relaxed")
+            known = self.items["id"].implode()
+            self._describe(items.filter(pl.col("id").is_in(known)))
+            self.items = pl.concat(
+                [self.items, items.filter(~pl.col("id").is_in(known))], how="diagonal_relaxed"
+            )
         self.item_numbers.numbers(items["id"])
         self._known_items = self.item_numbers.size
+
+    def _describe(self, items: pl.DataFrame) -> None:
+        """See ``add_items``; all of ``items`` are there."""
+        assert self.items is not None
+        old = self.items.with_row_index("place")
+        others = [name for name in self.items.columns if name not in ("id", "title")]
+        nothing = [
+            pl.col(name).is_null() | (pl.col(name).list.len() == 0)
+            if self.items[name].dtype == pl.List
+            else pl.col(name).is_null()
+            for name in others
+        ]
+        bare = old.filter(pl.all_horizontal(pl.col("title") == pl.col("id"), *nothing)).select("place", "id")
+        told = bare.join(items, on="id")
+        kept = old.filter(~pl.col("place").is_in(told["place"].implode()))
+        self.items = pl.concat([kept, told], how="diagonal_relaxed").sort("place").drop("place")
+        shared = [name for name in self.items.columns if name in items.columns]
+        now = items.select(shared).join(
+            self.items.select(shared), on="id", suffix=" now", maintain_order="left"
+        )
+        same = [pl.col(name).eq_missing(pl.col(f"{name} now")) for name in shared if name != "id"]
+        changed = now.filter(~pl.all_horizontal(same))["id"]
+        if len(changed):
+            warnings.warn(
+                f"{len(changed):,} items are described otherwise than before and stay as they were, the first of them "
+                f"{changed[0]!r}; prepare all files anew to change them",
+                stacklevel=2,
+            )
 
     def describe_items(self, items: pl.DataFrame) -> None:
         """The catalogue of events that are in already: a row for each of their items, and for others that come after.

@@ -24,8 +24,9 @@ TIME_GAP = "time_gap"
 
 
 def value_text(value: float | str | int) -> str:
-    """How a value is spelt in a vocabulary: numbers without a trailing ".0" ("0.5", "4"), text as it is."""
-    return value if isinstance(value, str) else f"{value:g}"
+    """How a value is spelt in a vocabulary: a number by the fewest digits that tell it from every other float32, which
+    is what datasets hold, and without a trailing ".0" ("0.5", "4", "1234567"); text as it is."""
+    return value if isinstance(value, str) else np.format_float_positional(np.float32(value), trim="-")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ class Stages:
     def stage(self, name: str, keys: list[str], exists: Callable[[], bool]):
         """Yields whether the stage has to be done; remembers its settings and seconds once it is.
 
-        A stage whose settings changed starts anew: what the old settings left in its folder is removed.
+        A stage whose settings changed starts anew. What the old settings left in its folder is kept aside until the new
+        ones are done, and comes back where they are asked for again before that: a setting that turns out to be wrong
+        costs nothing.
         """
         records = processes.told(lambda: self._begun(name, keys, exists))
         if records is None:
@@ -44,6 +46,8 @@ class Stages:
         spent.settle()
         records[name] |= {"done": True, "peak_rss_mb": peak_rss_mb()}
         self._write(records)
+        if processes.is_main():
+            shutil.rmtree(self._aside(name), ignore_errors=True)
         hand_back()
         processes.wait()
         say(f"{name}: {records[name]['seconds']:.0f} s")
@@ -56,13 +60,38 @@ class Stages:
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             return None
-        if record.get("settings") != settings and name in ("pretrain", "contextualize"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        aside = (self._aside(name) / settings[:12]).is_dir()
+        if (aside or record.get("settings") != settings) and name in ("pretrain", "contextualize"):
+            record = self._exchange(name, record, settings)
+            if record.get("done") and exists():
+                self._write(records | {name: record})
+                return None
         before = record if record.get("settings") == settings else {}
         spent, cpu = before.get("seconds", 0.0), before.get("cpu_seconds", 0.0)
         records[name] = {"settings": settings, "done": False, "seconds": spent, "cpu_seconds": cpu}
         self._write(records)
         return records
+
+    def _aside(self, name: str) -> Path:
+        return self.folder / f".{name}.before"
+
+    def _exchange(self, name: str, record: dict[str, Any], settings: str) -> dict[str, Any]:
+        """Put a stage's folder aside, with its record; bring back what these settings left there, and its record."""
+        here, told = self.folder / name, "stage.json"
+        if here.is_dir() and "settings" in record:
+            there = self._aside(name) / record["settings"][:12]
+            shutil.rmtree(there, ignore_errors=True)
+            there.parent.mkdir(exist_ok=True)
+            write(here / told, json.dumps(record))
+            here.rename(there)
+        shutil.rmtree(here, ignore_errors=True)
+        before = self._aside(name) / settings[:12]
+        if not before.is_dir():
+            return {}
+        before.rename(here)
+        found: dict[str, Any] = json.loads((here / told).read_text())
+        (here / told).unlink()
+        return found
 
     def _settings(self, keys: list[str]) -> str:
         """Hash of these parts of the configuration."""

@@ -69,6 +69,8 @@ class TableConfig(EventFilters):
                 raise UserError(f"{name}: say which column it is")
         if self.path and (twice := [name for name in columns if columns.count(name) > 1]):
             raise UserError(f"column {twice[0]} is asked for twice; a column has one meaning")
+        if self.items.path and not self.items.key:
+            raise UserError("items.key: say which column of the items' file is the id that events name")
         if taken := RESERVED & set(columns[3:]):
             raise UserError(f"a field cannot be called {', '.join(sorted(taken))}; rename that column")
 
