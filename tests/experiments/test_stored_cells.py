@@ -12,11 +12,11 @@ CELLS = Path(__file__).parents[2] / "docs" / "results" / "experiments" / "cells"
 
 
 def one_of_each():
-    """A cell of each experiment and kind of model: they share their defaults, and reading all takes half a minute."""
+    """A cell of each kind of model: they share their defaults, and reading all takes half a minute."""
     found = {}
     for file in sorted(CELLS.glob("*.json")):
         told = json.loads(file.read_text(encoding="utf-8"))
-        kind = told["experiment"], told["config"]["encoder"]["kind"], told["config"]["fusion"]["kind"]
+        kind = told["config"]["encoder"]["kind"], told["config"]["fusion"]["kind"]
         found.setdefault(kind, file)
     return found.values()
 
