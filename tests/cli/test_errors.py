@@ -171,6 +171,11 @@ def test_a_language_model_without_tokenizer(userllm, finished, tmp_path):
     assert not (run / "metrics.json").exists()
 
 
+WITH_ITEMS = [
+    "data", "prepare", "table", "--path", "a.csv", "--user", "u", "--item", "i", "--time", "t", "--items",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -191,21 +196,7 @@ def test_a_language_model_without_tokenizer(userllm, finished, tmp_path):
             "config.yaml: Not a directory; choose another place",
         ),
         (
-            [
-                "data",
-                "prepare",
-                "table",
-                "--path",
-                "a.csv",
-                "--user",
-                "u",
-                "--item",
-                "i",
-                "--time",
-                "t",
-                "--items",
-                "b.csv",
-            ],
+            [*WITH_ITEMS, "b.csv"],
             "items.key: say which column",
         ),
         (["recommend", "runs/demo"], "one of the arguments --user --history is required"),

@@ -105,21 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             arguments.command(arguments)
     except UserError as error:
-        number = os.environ.get("RANK", "0")  # of several processes that a launcher started
-        print(f"error: {'' if number == '0' else f'process {number}: '}{error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"error: {error.filename}: {error.strerror}; choose another place, or make room there",
-            file=sys.stderr,
-        )
-        return 2
+        return _refused(f"{error.filename}: {error.strerror}; choose another place, or make room there")
     except KeyboardInterrupt:
         print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _refused(why: str) -> int:
+    number = os.environ.get("RANK", "0")  # of several processes that a launcher started
+    print(f"error: {'' if number == '0' else f'process {number}: '}{why}", file=sys.stderr)
+    return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

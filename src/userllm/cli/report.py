@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the run folder, write the report."""
-    from userllm.pipeline import report_again
+    from userllm.report import write_report
 
     if arguments.config.is_dir():
         folder = arguments.config
@@ -30,4 +30,4 @@ def run(arguments: argparse.Namespace) -> None:
         from userllm.cli.configuration import load_config
 
         folder = arguments.runs / load_config(arguments.config, arguments.overrides)[0].name
-    print(report_again(folder))
+    print(write_report(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
 
@@ -160,16 +160,11 @@ def incomparable(task: str, a: Sequence[FinishedCell], b: Sequence[FinishedCell]
     another thing. Cells that were run on several machines may be of other data.
     """
 
-    def shown(cells: Sequence[FinishedCell]) -> set[object]:
-        asked = [told for told in _configs(cells) if told["tasks"][task]["kind"] == "favorite_category"]
-        return {told["fusion"]["events"] for told in asked}
-
-    def _configs(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
-        return [told for cell in cells if task in (told := cell.told["config"])["tasks"]]
-
     if len({cell.metrics["dataset"]["fingerprint"] for cell in (*a, *b)}) > 1:
         return "they are of other data (the dataset's fingerprint differs)"
-    if len(shown(a) | shown(b)) > 1:
+    configs = [told for cell in (*a, *b) if task in (told := cell.told["config"])["tasks"]]
+    asked = [told for told in configs if told["tasks"][task]["kind"] == "favorite_category"]
+    if len({told["fusion"]["events"] for told in asked}) > 1:
         return f"they show other numbers of events (fusion.events), so {task} has other right answers"
     return None
 

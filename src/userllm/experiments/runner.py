@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from userllm.data.store import Dataset
+from userllm.data.card import DatasetCard
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.definition import Experiment, settings_hash
@@ -88,9 +88,8 @@ class Runner:
         if not (folder / "stages.json").is_file():  # else it was interrupted, and goes on
             shutil.rmtree(folder, ignore_errors=True)
             ignored = shutil.ignore_patterns("checkpoint-*", "best.safetensors", "tensorboard", "config.yaml")
-            partial = folder.with_name(
-                f".{folder.name}.partial"
-            )  # half a copy must not pass for an interrupted run
+            # half a copy must not pass for an interrupted run
+            partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(first, partial, ignore=ignored)
             partial.rename(folder)
@@ -141,8 +140,8 @@ def _same_data(cell: FinishedCell, settings: dict[str, Any]) -> str:
     that is given now holds other data."""
     data = cell.metrics["dataset"]
     folder = settings["data"].get("folder")
-    if folder is not None and Path(folder, "card.json").is_file():
-        here = Dataset.open(folder).card
+    if folder is not None and (file := Path(folder, "card.json")).is_file():
+        here = DatasetCard.from_json(file.read_text(encoding="utf-8"), file)
         if here.fingerprint != data["fingerprint"]:
             raise UserError(
                 f"{cell.file}: was run on {data['name']} {data['fingerprint'][:12]}, and data.folder {folder} holds "

@@ -133,8 +133,8 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
                 continue  # cells of an older version, or without another user
             is_reference = ours and cell.name == experiment.reference
             alike = not is_reference and incomparable(task, cells[cell.name], reference) is None
-            against = None if not alike else difference(own[main], base[main])
-            nats = None if not alike else difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD])
+            against = difference(own[main], base[main]) if alike else None
+            nats = difference(own[LOG_LIKELIHOOD], base[LOG_LIKELIHOOD]) if alike else None
             table.rows.append(
                 [
                     f"{cell.name}: {cell.label}" if ours else f"{cell.name} / {label(system, SYSTEMS)}",

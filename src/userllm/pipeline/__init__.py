@@ -1,6 +1,6 @@
 """From raw data to a report: a run folder and the stages that fill it."""
 
 from userllm.pipeline.machine import commit, hardware
-from userllm.pipeline.run import Run, report_again
+from userllm.pipeline.run import Run
 
-__all__ = ["Run", "commit", "hardware", "report_again"]
+__all__ = ["Run", "commit", "hardware"]

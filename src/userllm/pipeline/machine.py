@@ -43,12 +43,10 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     gpu += f", {processes.count()} processes" if processes.count() > 1 else ""
-    able = torch.backends.cpu.get_cpu_capability() + (
-        " with bfloat16" if multiplies(torch.device("cpu")) else " without bfloat16"
-    )
-    return (
-        f"{model}, {able}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB{gpu}"
-    )
+    bfloat16 = "with" if multiplies(torch.device("cpu")) else "without"
+    able = f"{torch.backends.cpu.get_cpu_capability()} {bfloat16} bfloat16"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{model}, {able}, {cores} cores, {threads} threads, {memory:.0f} GiB{gpu}"
 
 
 def peak_rss_mb() -> float:

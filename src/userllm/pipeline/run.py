@@ -50,6 +50,7 @@ from userllm.pipeline.evaluate import Evaluation
 from userllm.pipeline.facts import data_facts
 from userllm.pipeline.stages import Stages, say, write
 from userllm.report import write_report
+from userllm.report.current import MEASURED_BY
 from userllm.tasks import OpenTask, build_task
 from userllm.training.contextualize import contextualize, load_trained
 from userllm.training.pretrain import pretrain
@@ -58,26 +59,6 @@ from userllm.training.strategy import apply_strategy, trainable_parameters
 from userllm.training.trainer import set_seed
 
 STAGES = ("data", "pretrain", "contextualize", "evaluate", "report")
-_EVALUATED = [
-    "data", "split", "encoder", "pretrain", "seed", "lm", "fusion", "tasks", "contextualize", "evaluation",
-]  # fmt: skip
-"""What a run's metrics depend on."""
-
-
-def report_again(folder: Path) -> Path:
-    """The report anew of what a run folder holds; nothing is trained or measured.
-
-    Raises UserError where its metrics are of other settings than its configuration's.
-    """
-    file = folder / "config.yaml"
-    if file.is_file():
-        stages = Stages(folder, yaml.safe_load(file.read_text(encoding="utf-8")))
-        if stages.changed_since("evaluate", _EVALUATED):
-            raise UserError(
-                f"{folder}/metrics.json is of other settings than {file}, with which a run was begun and not ended; "
-                f"run `userllm run {file}` first"
-            )
-    return write_report(folder)
 
 
 class Run:
@@ -214,7 +195,7 @@ class Run:
 
     def do_evaluate(self) -> None:
         """Metrics of every task, and three users' answers."""
-        with self.stages.stage("evaluate", _EVALUATED, (self.folder / "metrics.json").exists) as todo:
+        with self.stages.stage("evaluate", MEASURED_BY, (self.folder / "metrics.json").exists) as todo:
             if todo:
                 self._need("dataset", "data")
                 closed, texts = self.evaluators()

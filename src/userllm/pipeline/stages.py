@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -16,6 +15,7 @@ from typing import Any
 from userllm import processes
 from userllm.freed_memory import hand_back
 from userllm.pipeline.machine import peak_rss_mb
+from userllm.report.current import stage_hash
 
 TOLD_EVERY = 20.0
 """Seconds after which a stage under way writes down what it took so far."""
@@ -28,7 +28,7 @@ class Stages:
         self.folder, self.plain = folder, plain
 
     @contextmanager
-    def stage(self, name: str, keys: list[str], exists: Callable[[], bool]):
+    def stage(self, name: str, keys: Sequence[str], exists: Callable[[], bool]):
         """Yields whether the stage has to be done; remembers its settings and seconds once it is.
 
         A stage whose settings changed starts anew. What the old settings left in its folder is kept aside until the new
@@ -52,11 +52,11 @@ class Stages:
         processes.wait()
         say(f"{name}: {records[name]['seconds']:.0f} s")
 
-    def _begun(self, name: str, keys: list[str], exists: Callable[[], bool]) -> dict[str, Any] | None:
+    def _begun(self, name: str, keys: Sequence[str], exists: Callable[[], bool]) -> dict[str, Any] | None:
         """What is known of all stages, with this one begun; None where it is done."""
         record_file = self.folder / "stages.json"
         records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
-        settings = self._settings(keys)
+        settings = stage_hash(self.plain, keys)
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
             return None
@@ -92,20 +92,6 @@ class Stages:
         found: dict[str, Any] = json.loads((here / told).read_text())
         (here / told).unlink()
         return found
-
-    def _settings(self, keys: list[str]) -> str:
-        """Hash of these parts of the configuration."""
-        # null counts as absent: a newer userllm with one more optional setting still knows what an older one did
-        chosen = _without_nulls({k: self.plain.get(k) for k in keys})
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
-
-    def changed_since(self, name: str, keys: list[str]) -> bool:
-        """Whether a stage that was done once has other settings now, and what it left is of the old ones."""
-        file = self.folder / "stages.json"
-        if not file.is_file():
-            return False
-        record = json.loads(file.read_text()).get(name)
-        return record is not None and record["settings"] != self._settings(keys)
 
     def _write(self, records: dict[str, Any]) -> None:
         write(self.folder / "stages.json", json.dumps(records, indent=1))
@@ -161,12 +147,6 @@ class _Spent:
     def _count(self, cpu: float) -> None:
         self.record["seconds"] = round(self.before[0] + time.time() - self.began[0], 1)
         self.record["cpu_seconds"] = round(self.before[1] + cpu, 1)
-
-
-def _without_nulls(settings: Any) -> Any:
-    if not isinstance(settings, dict):
-        return settings
-    return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
 
 
 def write(file: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
 from userllm.report import figures, markdown, wording
+from userllm.report.current import check_current
 from userllm.report.record import RunRecord, read_run
 
 SHOWN_EVENTS = 10
@@ -19,8 +20,10 @@ def write_report(run: Path) -> Path:
     """Write report.html, report.md and figures/*.png into a run folder, from its files; returns the page.
 
     Parts whose numbers the folder lacks are left out, and the report says so. Raises UserError where
-    metrics.json is missing, and where a file is not JSON or of another shape than a run's.
+    metrics.json is missing, or of other settings than config.yaml's, and where a file is not JSON or of another shape
+    than a run's.
     """
+    check_current(run)
     record = read_run(run)
     drawn = figures.draw(record)
     folder = run / "figures"
