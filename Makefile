@@ -19,7 +19,7 @@ demo: $(VENV)/.installed  ## MovieLens-1M end to end, in minutes: see runs/demo/
 	$(BIN)/userllm run configs/demo.yaml
 
 test: $(VENV)/.test  ## the default test suite
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 smoke: $(VENV)/.installed  ## every experiment with tiny models, and the page of them all: minutes
 	rm -rf runs/smoke

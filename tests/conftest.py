@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -33,6 +34,7 @@ from userllm.tasks import TaskConfig, build_task
 from userllm.training.strategy import apply_strategy
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also where tests start processes: tests run side by side
 settings.register_profile("patient", deadline=None, max_examples=40)  # a shared machine may be slow
 settings.load_profile("patient")
 
