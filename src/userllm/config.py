@@ -13,6 +13,7 @@ from userllm.errors import UserError
 from userllm.evaluation.users import EvaluationConfig
 from userllm.fusion.config import FusionConfig
 from userllm.language_models.pretrained import LanguageModelConfig
+from userllm.ranges import NonNegativeInt, PositiveInt, check_ranges
 from userllm.tasks import TaskConfig
 from userllm.training.contextualize import ContextualizeConfig
 from userllm.training.pretrain import PretrainConfig
@@ -48,9 +49,9 @@ class RunConfig:
 
     name: str = "run"
     """Results go to runs/<name>."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of every random choice."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads; torch's choice if null."""
     data: DataConfig = field(default_factory=DataConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -65,7 +66,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        """Raise UserError for settings that cannot go together, before any work is done."""
+        """Raise UserError for settings out of range, or that cannot go together, before any work is done."""
+        check_ranges(self)
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
         if self.data.release is None and self.data.folder is None and self.data.table is None:
@@ -74,8 +76,10 @@ class RunConfig:
             )
         if self.data.table is not None and not self.data.table.path:
             raise UserError("data.table.path: give the files of your table")
-        if not self.tasks:
-            raise UserError("tasks is empty; give at least one task")
+        if self.data.fields[:1] != ["item"] or len(set(self.data.fields)) < len(self.data.fields):
+            raise UserError(f"data.fields is {self.data.fields}; give the item first, and every field once")
+        if not any(task.weight > 0 for task in self.tasks.values()):
+            raise UserError("tasks: give at least one task with a weight above 0")
         self.fusion.check()
         self.evaluation.text.check()
         encoder, split = self.encoder, self.split
@@ -98,10 +102,6 @@ class RunConfig:
                     f"encoder.label {encoder.label}: cannot rank items for a teacher; set tasks.*.teacher to 0"
                 )
         if self.pretrain is not None:
-            if self.pretrain.recent is not None and self.pretrain.recent < 1:
-                raise UserError(
-                    f"pretrain.recent is {self.pretrain.recent}; give at least 1, or null for all events"
-                )
             batch = self.pretrain.batch
             if (batch.events is None) == (batch.sequences is None):
                 raise UserError("pretrain.batch: give either events or sequences, and null for the other")

@@ -128,7 +128,7 @@ def test_a_user_without_events(userllm, finished, tmp_path):
         ("split.kind=random", "split.kind"),
         ("encoder.heads=3", "encoder.width 16 is not a multiple of encoder.heads 3"),
         ("pretrain.batch.events=3", "pretrain.batch.events 3"),
-        ("tasks={}", "tasks is empty"),
+        ("tasks={}", "tasks: give at least one task"),
         ("name=../demo", "name is '../demo'"),
         ("data.release=null", "data: give release"),
         ("evaluation.users", "not of the form a.b=c"),

@@ -15,6 +15,7 @@ from userllm.config import RunConfig
 from userllm.encoders import AutoregressiveConfig, EncoderConfig, encoder_config_class
 from userllm.errors import UserError
 from userllm.overrides import override, read_yaml
+from userllm.ranges import range_in_words
 
 
 def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
@@ -105,23 +106,31 @@ def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str
     from docstring_parser import parse_from_object
 
     group = RunConfig() if group is None else group
-    types = get_type_hints(type(group))
+    types = get_type_hints(type(group), include_extras=True)
     meanings = {
         p.arg_name: " ".join((p.description or "").split())
         for owner in type(group).__mro__[:-1]
         for p in parse_from_object(owner).params
     }
     for name in types:
-        default, meaning = getattr(group, name), meanings.get(name, "")
-        inner = next((one for one in (types[name], *get_args(types[name])) if is_dataclass(one)), None)
+        default = getattr(group, name)
+        allowed = range_in_words(types[name])
+        meaning = meanings.get(name, "") + (f" ({allowed})" if allowed else "")
+        groups = [one for one in (types[name], *get_args(types[name])) if _is_group(one)]
+        inner = groups[0] if groups else None
         if meaning or inner is None:
             shown = "" if inner is not None and default is not None else json.dumps(_plain(default))
             yield f"{prefix}{name}", shown, meaning
         if isinstance(default, dict) and inner is not None:
-            yield from describe_settings(inner(), f"{prefix}{name}.NAME.")  # type: ignore[operator]
+            yield from describe_settings(inner(), f"{prefix}{name}.NAME.")
         elif inner is not None:
-            yield from describe_settings(default or inner(), f"{prefix}{name}.")  # type: ignore[operator]
-            for other in get_args(types[name]):
-                if is_dataclass(other) and not isinstance(default or inner(), other):  # type: ignore[operator]
-                    for setting, value, text in describe_settings(other(), f"{prefix}{name}."):  # type: ignore[operator]
-                        yield f"{setting} (kind: {other.kind})", value, text  # type: ignore[union-attr]
+            shown_group = default or inner()
+            yield from describe_settings(shown_group, f"{prefix}{name}.")
+            for other in groups:
+                if not isinstance(shown_group, other):
+                    for setting, value, text in describe_settings(other(), f"{prefix}{name}."):
+                        yield f"{setting} (kind: {other.kind})", value, text
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and is_dataclass(hint)

@@ -18,6 +18,7 @@ from userllm.data.collation import (
     encode_user_history,
 )
 from userllm.data.splits import Split
+from userllm.ranges import PositiveInt
 
 __all__ = [
     "BatchConfig",
@@ -115,11 +116,11 @@ class TrainingSequences(TorchDataset[Row]):
 class BatchConfig:
     """How large a training batch is: by events, or by sequences."""
 
-    events: int | None = 8192
+    events: PositiveInt | None = 8192
     """Events (targets) of a batch, on average; None to count sequences instead (ours)."""
-    sequences: int | None = None
+    sequences: PositiveInt | None = None
     """Sequences of a batch; None to count events instead (paper, v1 Table 9: 32,768 windows on ML-20M)."""
-    pool: int = 32
+    pool: PositiveInt = 32
     """Batches that are sorted by length together: more means less padding, fewer a better mix of lengths (ours)."""
 
 

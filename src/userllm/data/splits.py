@@ -14,6 +14,7 @@ import numpy as np
 from userllm.data.store import Dataset
 from userllm.data.unseen_items import unseen_items
 from userllm.errors import UserError
+from userllm.ranges import PositiveFloat, PositiveInt
 
 VALIDATION_USERS = 10
 """Under the paper's protocol one user in this many gives its last training target to validation (ours)."""
@@ -27,11 +28,11 @@ class SplitConfig:
     """leave_last_out: the last event of a user is test, the last but one validation. paper: windows of equal length.
     unseen_items (ours): a share of the items is in no training history, and histories of these alone are asked about;
     see ``unseen``."""
-    window: int = 50
+    window: PositiveInt = 50
     """Events of a window (paper: 50, also 100 and 200). Only used by ``paper``."""
-    min_events: int = 5
+    min_events: PositiveInt = 5
     """Users with fewer events are left out (ours, the field's custom). Not used by ``paper``."""
-    unseen: float = 0.2
+    unseen: PositiveFloat = 0.2
     """Share of the items that training never meets, by a hash of their ids. A user's events of these become a user of
     their own, who is asked; those of all others one who trains. Only used by ``unseen_items``."""
 

@@ -10,44 +10,35 @@ import torch
 from torch import Tensor
 
 from userllm.errors import UserError
+from userllm.ranges import NonNegativeInt, PositiveFloat, PositiveFraction, PositiveInt, check_ranges
 
 
 @dataclass(frozen=True)
 class TextDecoding:
     """Settings of free text (ours: the papers name none)."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: PositiveInt = 64
     """Tokens of a text at most, its end included."""
-    min_new_tokens: int = 0
+    min_new_tokens: NonNegativeInt = 0
     """Tokens before a text may end: a model that has seen many short texts may think an empty one the likeliest."""
     sample: bool = False
     """Whether tokens are drawn; otherwise each is the most likely one (greedy)."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the logits before a token is drawn."""
-    top_p: float = 1.0
+    top_p: PositiveFraction = 1.0
     """A token is drawn from the fewest most likely ones that have this much probability together; 1: from all."""
-    no_repeat: int = 0
+    no_repeat: NonNegativeInt = 0
     """No run of so many tokens comes twice in a text: small models go round in circles; 0: they may."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the draws. Each text has its own, so that a text does not depend on what is written beside it."""
 
     def check(self) -> None:
         """Raise UserError for settings that cannot be used."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; a text takes at least one")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        check_ranges(self)
+        if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
-                f"min_new_tokens is {self.min_new_tokens}; it lies between 0 and max_new_tokens "
-                f"({self.max_new_tokens})"
+                f"min_new_tokens is {self.min_new_tokens}; it must be at most max_new_tokens ({self.max_new_tokens})"
             )
-        if self.temperature <= 0:
-            raise UserError(
-                f"temperature is {self.temperature}; it must be above 0 (sample: false is greedy)"
-            )
-        if self.no_repeat < 0:
-            raise UserError(f"no_repeat is {self.no_repeat}; give a number of tokens, or 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it lies above 0 and is at most 1")
 
     def draws(self, numbers: Sequence[int]) -> Tensor:
         """What the tokens of texts are drawn by: [R, max_new_tokens] in 0..1, a function of seed and number alone."""

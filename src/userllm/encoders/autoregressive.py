@@ -25,6 +25,7 @@ from userllm.encoders.item_loss import ItemLoss
 from userllm.encoders.state import EncoderState, Reading
 from userllm.errors import UserError
 from userllm.events import UNKNOWN_TIME, HistoryBatch
+from userllm.ranges import BelowOne, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass
@@ -33,13 +34,13 @@ class AutoregressiveConfig:
 
     kind: Literal["autoregressive"] = "autoregressive"
     """Which encoder: autoregressive (paper's choice), dual or bert4rec."""
-    layers: int = 6
+    layers: PositiveInt = 6
     """Transformer layers (paper: 6)."""
-    width: int = 128
+    width: PositiveInt = 128
     """U, the width of a user embedding (paper: 128)."""
-    heads: int = 8
+    heads: PositiveInt = 8
     """Attention heads (paper: 8)."""
-    feed_forward: int = 512
+    feed_forward: PositiveInt = 512
     """Width of the feed-forward layers (ours: the paper is silent)."""
     feed_forward_kind: Literal["gelu", "swiglu"] = "gelu"
     """"swiglu" has a third matrix: with two thirds of ``feed_forward`` it has as many weights (ours)."""
@@ -49,7 +50,7 @@ class AutoregressiveConfig:
     """How order is known. "learned": a table of absolute positions. "rotary": queries and keys are turned by position.
     "relative_time": attention logits get a learned number for how many events and for how much time lie between two
     events, as in HSTU (ours: the paper is silent)."""
-    item_width: int = 128
+    item_width: PositiveInt = 128
     """d_j of the item table (ours)."""
     item_start: Literal["random", "text"] = "random"
     """What the item table holds before stage 1: random numbers, or the principal components of the language model's own
@@ -57,16 +58,16 @@ class AutoregressiveConfig:
     item_text: Literal["input", "hidden"] = "input"
     """The vector of a title, for ``item_start: text``: the mean of the language model's input embeddings of its tokens
     (no forward pass, so no matter how large the model or the catalogue), or of its last hidden states (ours)."""
-    item_std: float | None = None
+    item_std: PositiveFloat | None = None
     """Standard deviation of a random item table at the start; null: d_j^-0.5, .088 for a width of 128 (ours: the paper
     is silent). Four times smaller learns a little more slowly and, on MovieLens-1M, overfits later."""
-    field_width: int = 16
+    field_width: PositiveInt = 16
     """d_j of every other field's table (ours)."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Dropout on embeddings, attention outputs and feed-forward outputs (ours)."""
-    max_length: int = 200
+    max_length: PositiveInt = 200
     """Events seen at most; of a longer history the latest (ours; the paper's windows are 50, 100 and 200)."""
-    field_weights: dict[str, float] = field(default_factory=dict)
+    field_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weight of a field's loss, 1 where absent (paper: a plain average); 0: the loss is not even computed."""
     count_from: Literal["start", "end"] = "start"
     """Learned positions are counted from a history's first event, or back from its latest, which then always has the
@@ -75,11 +76,11 @@ class AutoregressiveConfig:
     item_loss: Literal["full", "sampled", "gbce"] = "full"
     """The next item's loss. "full": cross-entropy over the catalogue (paper). For large catalogues "sampled":
     cross-entropy over a sample, corrected for the sampling, or "gbce": gSASRec's (ours). Ranking is always exact."""
-    negatives: int = 256
+    negatives: PositiveInt = 256
     """Items drawn per batch, shared by all its events; for "sampled" and "gbce" (ours; gSASRec: 256 per user)."""
     proposal: Literal["uniform", "popularity"] = "uniform"
     """How "sampled" draws them; "popularity": by the count of training events, plus one. "gbce" draws uniformly."""
-    gbce_calibration: float = 0.75
+    gbce_calibration: Fraction = 0.75
     """t of "gbce", 0 to 1 (gSASRec: 0.75)."""
     loss_precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products in the item's full softmax; its probabilities and sums stay float32 (ours). "bfloat16"

@@ -23,6 +23,7 @@ from userllm.encoders.features import FieldShape, FieldTables
 from userllm.encoders.transformer import Transformer
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.ranges import BelowOne, Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 
 
 @dataclass
@@ -31,31 +32,31 @@ class Bert4RecConfig:
 
     kind: Literal["bert4rec"] = "bert4rec"
     """Which encoder: autoregressive, dual or bert4rec."""
-    layers: int = 6
+    layers: PositiveInt = 6
     """Transformer layers (paper: like the autoregressive encoder's)."""
-    width: int = 128
+    width: PositiveInt = 128
     """U, the width of a user embedding (paper: like the autoregressive encoder's)."""
-    heads: int = 8
+    heads: PositiveInt = 8
     """Attention heads (paper: like the autoregressive encoder's)."""
-    feed_forward: int = 512
+    feed_forward: PositiveInt = 512
     """Width of the feed-forward layers (ours; Sun et al.: 4 times the width)."""
-    item_width: int = 128
+    item_width: PositiveInt = 128
     """d_j of the item table (ours)."""
-    field_width: int = 16
+    field_width: PositiveInt = 16
     """d_j of every other field's table (ours)."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Dropout on embeddings, attention weights, and in the feed-forward layers (ours)."""
-    max_length: int = 200
+    max_length: PositiveInt = 200
     """Events seen at most; of a longer history the latest (ours; the paper's windows are 50, 100 and 200)."""
-    hidden_share: float = 0.2
+    hidden_share: PositiveFraction = 0.2
     """Share of the events hidden in training, at least one per history (Sun et al.: 0.2 on MovieLens)."""
-    last_share: float = 0.1
+    last_share: Fraction = 0.1
     """Share of the training histories of which only the last event is hidden, as when ranking (Sun et al. do so; their
     code for one history in eleven)."""
     next_embedding: bool = False
     """Whether the language model also gets the embedding of a hidden event after the last: what the encoder expects
     next (ours; the embeddings of the events themselves are never trained to say so)."""
-    field_weights: dict[str, float] = field(default_factory=dict)
+    field_weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
     """Weight of a field's loss, 1 where absent (ours; Sun et al. have items only)."""
 
     def build(self, fields: list[FieldShape]) -> Bert4RecEncoder:

@@ -33,6 +33,7 @@ from userllm.encoders.features import RESERVED, FieldShape
 from userllm.encoders.transformer import Transformer
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.ranges import BelowOne, PositiveInt
 
 
 @dataclass
@@ -41,21 +42,21 @@ class DualConfig:
 
     kind: Literal["dual"] = "dual"
     """Which encoder: autoregressive, dual or bert4rec."""
-    layers: int = 2
+    layers: PositiveInt = 2
     """Transformer layers per field (ours)."""
-    width: int = 128
+    width: PositiveInt = 128
     """U, the width of a user embedding and of a label's (ours: the autoregressive encoder's)."""
-    heads: int = 8
+    heads: PositiveInt = 8
     """Attention heads of every field's Transformer (ours)."""
-    feed_forward: int = 512
+    feed_forward: PositiveInt = 512
     """Width of the feed-forward layers of the item's Transformer, of other fields' in proportion (ours)."""
-    item_width: int = 128
+    item_width: PositiveInt = 128
     """Width of the item's Transformer, and of the label tower's table (ours)."""
-    field_width: int = 32
+    field_width: PositiveInt = 32
     """Width of every other field's Transformer (ours)."""
-    fusion_layers: int = 2
+    fusion_layers: PositiveInt = 2
     """Linear layers, with GELU between them, from the fields' states to the user's embeddings (ours)."""
-    embeddings: int = 1
+    embeddings: PositiveInt = 1
     """m, embeddings per user (paper: 1 by default)."""
     label: str = "item"
     """Field of the next event that stage 1 predicts, one of ``data.fields`` (paper: the item; its appendix also names
@@ -63,11 +64,11 @@ class DualConfig:
     negatives: Literal["catalogue", "batch", "mixed"] = "catalogue"
     """What a right label is compared with. catalogue: every label, exactly; batch: the other labels of the batch;
     mixed: these, and ``drawn_negatives`` of all labels (Yang et al. 2020) (ours: the paper says softmax)."""
-    drawn_negatives: int = 1024
+    drawn_negatives: PositiveInt = 1024
     """Labels drawn for ``mixed``, each equally likely (ours)."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Dropout on embeddings, attention weights, and in the feed-forward layers (ours)."""
-    max_length: int = 200
+    max_length: PositiveInt = 200
     """Events seen at most; of a longer history the latest (ours; the paper's windows are 50, 100 and 200)."""
 
     def build(self, fields: list[FieldShape]) -> DualEncoder:

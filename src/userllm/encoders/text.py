@@ -40,6 +40,7 @@ from userllm.encoders.features import FieldShape
 from userllm.encoders.transformer import Transformer
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.ranges import BelowOne, PositiveInt
 
 _SMALLEST_SPREAD = 1e-3
 """A part whose texts are all alike would be divided by nothing."""
@@ -55,17 +56,17 @@ class TextConfig:
 
     kind: Literal["text"] = "text"
     """Which encoder: text (UEM's)."""
-    layers: int = 3
+    layers: PositiveInt = 3
     """Transformer layers (UEM: 3)."""
-    width: int = 768
+    width: PositiveInt = 768
     """U, the width of a user embedding (UEM: 768)."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads (UEM: 12)."""
-    feed_forward: int = 2048
+    feed_forward: PositiveInt = 2048
     """Width of the feed-forward layers (UEM: 2048)."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Dropout on embeddings, attention outputs and feed-forward outputs (ours)."""
-    max_length: int = 200
+    max_length: PositiveInt = 200
     """Events seen at most; of a longer history the latest (ours)."""
     products: Literal["float32", "bfloat16"] = "float32"
     """Of the Transformer's matrix products (ours); weights, norms and sums stay float32. "bfloat16" is several times as
@@ -75,7 +76,7 @@ class TextConfig:
     (ours: the paper is silent), or all of them."""
     sentences: str = "sentence-transformers/sentence-t5-base"
     """Sentence encoder (UEM: SentenceT5): a hub id, a folder, or ``all-minilm-l6-v2``, which a package has, too."""
-    sentence_width: int = 768
+    sentence_width: PositiveInt = 768
     """s, the width of its vectors (sentence-t5-base: 768, all-minilm-l6-v2: 384)."""
     parts: list[Part] = field(default_factory=lambda: ["title", "rating", "description"])
     """What is known of an event, in this order (UEM: all three)."""

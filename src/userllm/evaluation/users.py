@@ -10,27 +10,25 @@ import numpy as np
 from userllm.data.splits import Split
 from userllm.decoding.next_token import TextDecoding
 from userllm.errors import UserError
+from userllm.ranges import AtLeastTwo, PositiveInt
 
 
 @dataclass
 class TextEvaluationConfig:
     """How tasks that are answered in free text are evaluated."""
 
-    users: int | None = 500
+    users: AtLeastTwo | None = 500
     """Users of the evaluation who get texts written, sampled by the run's seed, a smaller sample inside every larger
     one; null: all of them."""
     greedy: TextDecoding = field(default_factory=TextDecoding)
     """Settings of the texts that the comparisons rest on."""
     sampled: TextDecoding | None = field(default_factory=lambda: TextDecoding(sample=True, top_p=0.95))
     """Settings of a second set of texts, drawn; null: none."""
-    sampled_users: int | None = 100
+    sampled_users: AtLeastTwo | None = 100
     """Users of these, the first, who get drawn texts, too; null: all."""
 
     def check(self) -> None:
         """Raise UserError for settings that cannot be used."""
-        for name, users in (("users", self.users), ("sampled_users", self.sampled_users)):
-            if users is not None and users < 2:
-                raise UserError(f"evaluation.text.{name} is {users}; it takes at least two users")
         for decoding in (self.greedy, self.sampled):
             if decoding is not None:
                 decoding.check()
@@ -42,22 +40,22 @@ class EvaluationConfig:
 
     part: Literal["test", "validation"] = "test"
     """Part of the split."""
-    users: int | None = None
+    users: AtLeastTwo | None = None
     """Users sampled for the evaluation, by the run's seed; all by default. The report says n of N. A smaller sample
     lies inside every larger one of the same seed, so that runs of different cost can be compared pair by pair."""
     other_user: bool = True
     """Whether the model is also asked with somebody else's history. It doubles the time."""
-    list_length: int = 20
+    list_length: PositiveInt = 20
     """Answers the language model gives per user."""
-    beams: int = 20
+    beams: PositiveInt = 20
     """Hypotheses kept per user in the constrained beam search."""
     exclude_seen: bool = True
     """Whether next items already in the history are left out of every system's list."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Users answered at once."""
-    knowledge_tokens: int | None = 512
+    knowledge_tokens: PositiveInt | None = 512
     """Tokens of the general English text that the LM reads, to see what it still knows; null: all, about 2,000."""
-    knowledge_users: int = 2
+    knowledge_users: PositiveInt = 2
     """Users it reads the text with, one after the other."""
     text: TextEvaluationConfig = field(default_factory=TextEvaluationConfig)
     """Tasks that are answered in free text."""

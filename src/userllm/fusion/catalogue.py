@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from userllm.ranges import PositiveInt
+
 if TYPE_CHECKING:
     from userllm.decoding.prefix_tree import NodeMasses
 
@@ -31,7 +33,7 @@ LEAST = 1e-6
 class CatalogueConfig:
     """Log-linear interpolation with the encoder's ranking."""
 
-    tokens: int = 3
+    tokens: PositiveInt = 3
     """Leading tokens of a title with weights of their own; all that follow share the last's."""
 
 

@@ -12,6 +12,7 @@ from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
+from userllm.ranges import PositiveInt
 
 
 @dataclass
@@ -27,7 +28,7 @@ class FusionConfig:
     """Which text attends to the user. "text": every token (paper). "answer" (ours): the prompt's last token and all
     that follow; the rest of the prompt is read once for everybody, which saves most of the work on short answers.
     Only for cross-attention: whatever follows a soft prompt attends to it."""
-    events: int = 50
+    events: PositiveInt = 50
     """Latest events whose embeddings the LM attends to (paper: 50, 100, 200)."""
     projection: Literal["linear", "mlp"] = "linear"
     """How a user token gets to where the LM reads it. "linear": the key and value maps of cross-attention themselves
@@ -70,8 +71,6 @@ class FusionConfig:
             raise UserError(
                 "fusion.text.summary: set fusion.text.events, how many of the latest are summarised"
             )
-        if self.events < 1:
-            raise UserError(f"fusion.events is {self.events}; the LM needs to see at least one event")
 
     def layer_indices(self, count: int) -> list[int]:
         """Indices of the fused layers in an LM of ``count`` layers. Raises UserError for an unusable setting."""

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from userllm.ranges import PositiveInt
+
 
 @dataclass
 class CrossAttentionConfig:
     """Shape of every cross-attention block."""
 
-    heads: int = 8
+    heads: PositiveInt = 8
     """Attention heads (ours: the paper is silent)."""
-    head_width: int = 64
+    head_width: PositiveInt = 64
     """Width of a head (ours)."""
     gate: Literal["tanh", "none"] = "tanh"
     """"tanh": output scaled by tanh(alpha), alpha one trainable scalar starting at 0 (paper eq. 4); "none": no gate."""

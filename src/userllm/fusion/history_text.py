@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from userllm.errors import UserError
 from userllm.events import HistoryBatch
+from userllm.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -27,11 +28,11 @@ class SummaryConfig:
     training. It is not trained, and stays in memory beside the run's own."""
     instruction: str = "In one sentence, what kinds of movies does this user like?"
     """What it is asked behind the history's text, in its chat template where it has one."""
-    new_tokens: int = 48
+    new_tokens: PositiveInt = 48
     """Length of a summary at most, in its tokens. Greedy."""
     lead: str = "About this user:"
     """Text before the summary. The history's ``close`` follows."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Summaries written at once."""
 
 
@@ -39,7 +40,7 @@ class SummaryConfig:
 class HistoryTextConfig:
     """How a history is written out before the prompt."""
 
-    events: int = 0
+    events: NonNegativeInt = 0
     """Latest events written as text (paper: 50, 100, 200 for Text Prompt; 10 for "TP10"); 0: none."""
     lead: str = "Movies this user has watched, oldest first:"
     """Text before the first event (ours)."""
@@ -47,11 +48,11 @@ class HistoryTextConfig:
     """Text of one event (ours); {title}, the encoder's fields ({rating}, {genres}) and ``texts`` are filled in."""
     texts: list[str] = field(default_factory=list)
     """Text fields of the events, such as a review, that stand in ``event``. White space counts as one space."""
-    text_words: int | None = None
+    text_words: PositiveInt | None = None
     """Words of such a text at most, its first; null: all."""
     close: str = "\n"
     """Text after the last event (ours). The task's prompt follows."""
-    max_tokens: int = 1024
+    max_tokens: PositiveInt = 1024
     """Tokens the whole may take; the oldest events are left out where it would take more."""
     summary: SummaryConfig | None = None
     """Show a summary of this text instead of the text; none by default. With ``contextualize.every`` fewer different

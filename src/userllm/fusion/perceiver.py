@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from userllm.errors import UserError
+from userllm.ranges import PositiveInt
 
 
 @dataclass
 class PerceiverConfig:
     """Sizes of the Perceiver; defaults are the paper's where it states them."""
 
-    latents: int = 16
+    latents: PositiveInt = 16
     """User tokens that come out (paper: 16)."""
-    layers: int = 6
+    layers: PositiveInt = 6
     """Cross-attention layers (paper: 6)."""
-    heads: int = 8
+    heads: PositiveInt = 8
     """Attention heads (ours)."""
     start: Literal["learned", "stretches"] = "learned"
     """What the latents are before they attend. "learned": the same vectors for every user (paper). "stretches" (ours):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from userllm.fusion.prefix import Part
+from userllm.ranges import NonNegativeInt
 
 
 @dataclass
 class SoftPromptConfig:
     """What goes before the text."""
 
-    task_tokens: int = 10
+    task_tokens: NonNegativeInt = 10
     """Length of the learned task prompt (paper: 10); 0: none."""
 
 

@@ -12,14 +12,16 @@ from peft import PeftModel, get_peft_model
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from userllm.ranges import PositiveInt
+
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters on the LM's linear layers."""
 
-    rank: int = 8
+    rank: PositiveInt = 8
     """Rank (paper: 8)."""
-    alpha: int = 16
+    alpha: PositiveInt = 16
     """Scaling numerator (ours: the paper is silent)."""
     targets: str = "all-linear"
     """Modules that get an adapter, as peft names them (ours)."""

@@ -42,6 +42,7 @@ from userllm.language_models.gguf import convert_llama_gguf
 from userllm.language_models.onnx_t5 import convert_t5_onnx
 from userllm.language_models.products import products_in_bfloat16
 from userllm.language_models.tiny import tiny_language_model
+from userllm.ranges import BelowOne
 
 _TINY = "tiny-random-"
 _HUB_SECONDS = 4.0  # the most that an unreachable hub may cost; its own client would retry for minutes
@@ -62,7 +63,7 @@ class LanguageModelConfig:
     """Of the matrix products inside the layers of a float32 LM. "bfloat16" trains and answers about twice as fast on
     processors with bfloat16 instructions (AVX512-BF16, AMX), and is slower on others; weights, and everything between
     the products, stay float32. Ours."""
-    dropout: float | None = None
+    dropout: BelowOne | None = None
     """Every dropout inside the LM while it is trained; None: its own configuration's, which is not 0 for T5. Ours."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None: its main branch."""

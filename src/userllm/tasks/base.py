@@ -17,6 +17,7 @@ import polars as pl
 
 from userllm.data.store import Dataset
 from userllm.errors import UserError
+from userllm.ranges import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 
 EXAMPLES = 4096
 """Examples whose categories are counted together."""
@@ -34,11 +35,11 @@ class TaskConfig:
     field: str = "genres"
     """favorite_category: the item field whose most frequent value is asked for; genre_preference: the field whose
     preferred values are."""
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """Share of this task among the training examples, relative to the other tasks'."""
     normalization: Literal["catalogue", "vocabulary"] = "catalogue"
     """Softmax over the tokens that continue some answer (ours), or over the LM's whole vocabulary (paper)."""
-    teacher: float = 0.0
+    teacher: Fraction = 0.0
     """next_item: weight in 0..1 of the encoder's own distribution over items as a soft target (ours; paper: 0)."""
     target: str = "text"
     """review: the event's text field that is to be written."""
@@ -46,11 +47,11 @@ class TaskConfig:
     """review: the event's field that says how much the user liked it; written texts are checked against it."""
     liked: float = 4.0
     """genre_preference: an item with at least this rating is liked (ours)."""
-    share: float = 0.25
+    share: PositiveFraction = 0.25
     """genre_preference: at least this share of the liked items must carry a preferred genre (ours)."""
-    history: int = 200
+    history: PositiveInt = 200
     """genre_preference: latest events that decide, however many the model sees (ours)."""
-    target_tokens: int = 64
+    target_tokens: PositiveInt = 64
     """Free text: leading tokens of a target that are learned and whose likelihood is measured (ours)."""
 
 

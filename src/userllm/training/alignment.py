@@ -30,6 +30,7 @@ from userllm.data.store import Dataset
 from userllm.errors import UserError
 from userllm.fusion.history_text import HistoryText, HistoryTextConfig
 from userllm.model import UserLLM, event_texts
+from userllm.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from userllm.training.budget import Budget
 from userllm.training.examples import ExampleBatches, Examples
 from userllm.training.trainer import (
@@ -49,17 +50,17 @@ class AlignmentConfig:
     """What user tokens are aligned to: the title that came next, or (soft prompts only) their own event's text."""
     event: str = " {title};"
     """Of own_text: the text of an event, as in ``fusion.text.event``."""
-    steps: int = 300
+    steps: PositiveInt = 300
     """Optimiser steps."""
-    histories: int = 64
+    histories: PositiveInt = 64
     """Users in a batch."""
-    examples_per_history: int = 8
+    examples_per_history: PositiveInt = 8
     """Points in time drawn from one pass over a user's history."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Of next_title: divides the cosine similarities."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=1e-3))
     """Optimiser and schedule."""
-    encoder_rate: float = 0.1
+    encoder_rate: NonNegativeFloat = 0.1
     """Factor on the encoder's learning rate."""
 
 

@@ -25,6 +25,7 @@ from userllm.errors import UserError
 from userllm.events import HistoryBatch
 from userllm.fusion.attach import UserContext
 from userllm.model import UserLLM
+from userllm.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from userllm.training.alignment import AlignmentConfig, align
 from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.examples import ExampleBatches, Examples
@@ -47,29 +48,29 @@ class ContextualizeConfig:
 
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     """What is trained."""
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimiser steps."""
-    seconds: float | None = None
+    seconds: PositiveFloat | None = None
     """Train for so long instead of ``steps`` (ours): CPU seconds, all threads together, or wall-clock seconds on an
     accelerator. Alignment and stored states of the LM count. The learning rate follows the time."""
-    histories: int = 16
+    histories: PositiveInt = 16
     """Users in a batch."""
-    examples_per_history: int = 4
+    examples_per_history: PositiveInt = 4
     """Examples drawn from one pass over a user's history (ours; 1 with the papers' windows)."""
-    every: int = 1
+    every: PositiveInt = 1
     """Points in time at which examples are drawn: so many events of a history apart, counted from its start; the first
     event that can be a target is one, too. 1: all (ours; with summaries each point needs one of its own)."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(learning_rate=3e-3))
     """Optimiser and schedule."""
-    encoder_rate: float = 0.1
+    encoder_rate: NonNegativeFloat = 0.1
     """Factor on the encoder's learning rate (ours: it starts trained, the projection does not)."""
-    lm_rate: float = 0.02
+    lm_rate: NonNegativeFloat = 0.02
     """Factor on the learning rate of the LM or its adapter (ours)."""
     alignment: AlignmentConfig | None = None
     """First step: bring user embeddings into the LM's space (ours); none by default, as in the papers."""
-    perceiver_rate: float = 0.3
+    perceiver_rate: NonNegativeFloat = 0.3
     """Factor on the learning rate of the Perceiver (ours: several layers deep, it suffers first from a high rate)."""
-    gate_rate: float = 10.0
+    gate_rate: NonNegativeFloat = 10.0
     """Factor on the learning rate of the gates and of the catalogue's weights (ours: a single scalar at 0 holds
     everything behind it back)."""
 

@@ -25,6 +25,7 @@ from userllm.errors import UserError
 from userllm.evaluation.metrics import ranking_metrics
 from userllm.evaluation.ranking import encoder_ranks
 from userllm.events import HistoryBatch
+from userllm.ranges import PositiveFloat, PositiveInt
 from userllm.training.budget import MAX_STEPS, Budget
 from userllm.training.trainer import (
     KeepBest,
@@ -40,27 +41,27 @@ from userllm.training.trainer import (
 class PretrainConfig:
     """Stage 1."""
 
-    epochs: float = 10.0
+    epochs: PositiveFloat = 10.0
     """Passes over the training events at most."""
-    seconds: float | None = None
+    seconds: PositiveFloat | None = None
     """Train for so long instead of ``epochs`` (ours): CPU seconds, all threads together, or wall-clock seconds on an
     accelerator, validations included."""
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(events=4096))
     """Size of a batch."""
-    windows_per_epoch: int | None = None
+    windows_per_epoch: PositiveInt | None = None
     """Windows drawn per epoch under the papers' split; all by default."""
-    recent: int | None = None
+    recent: PositiveInt | None = None
     """Only each user's latest so many training events are targets, and an epoch holds no others; null: all of them.
     ``encoder.max_length`` gives one chunk per user, what RecTools' SASRec trains on (ours: the paper is silent)."""
     optimization: OptimizationConfig = field(
         default_factory=lambda: OptimizationConfig(learning_rate=2e-3, warmup=0.05)
     )
     """Optimiser and schedule."""
-    evaluate_every: float = 1.0
+    evaluate_every: PositiveFloat = 1.0
     """Epochs between two validations."""
-    validation_users: int | None = 2000
+    validation_users: PositiveInt | None = 2000
     """Users ranked at a validation, the same ones each time; all by None."""
-    patience: int = 3
+    patience: PositiveInt = 3
     """Validations without a better one before training stops."""
     select: Literal["recall@10", "ndcg@10", "log_likelihood"] | None = None
     """What makes a validation better than another (ours): of the next item, over the whole catalogue, seen items left

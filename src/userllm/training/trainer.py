@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from userllm import processes
 from userllm.errors import UserError
 from userllm.freed_memory import hand_back, hand_back_if_scarce
+from userllm.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
     gathered,
@@ -71,17 +72,17 @@ class OptimizationConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """"adafactor": T5's own, whose steps are a share of each weight matrix's own size. T5's embeddings are of size 13,
     its other weights of .05 to 2: no one rate of AdamW suits them and what is projected among them."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decay of matrices; vectors and scalars are never decayed."""
-    warmup: float = 0.1
+    warmup: Fraction = 0.1
     """Share of the steps with a linearly rising rate (paper: 0.1); cosine decay to 0 follows."""
-    gradient_clip: float = 1.0
-    """Largest gradient norm (ours)."""
-    log_every: int = 20
+    gradient_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0: any (ours)."""
+    log_every: PositiveInt = 20
     """Steps between two logged losses."""
-    save_every: int = 200
+    save_every: PositiveInt = 200
     """Steps between two checkpoints."""
 
 

@@ -12,6 +12,7 @@ from userllm.data.build import bytes_of
 from userllm.data.count_filters import CountFilters, Repeated
 from userllm.data.sources.values import TICKS, TimeReader, numbers_of
 from userllm.errors import UserError
+from userllm.ranges import PositiveInt, check_ranges
 
 OnBadRows = Literal["error", "skip"]
 
@@ -28,9 +29,9 @@ class EventFilters:
     """Keep events whose field has this value or more, as COLUMN:VALUE ("rating:4")."""
     repeated: Repeated = "all"
     """Of a user's events with one item keep all, the first, or the last."""
-    min_item_events: int = 1
+    min_item_events: PositiveInt = 1
     """Leave out items with fewer events."""
-    min_user_events: int = 1
+    min_user_events: PositiveInt = 1
     """Leave out users with fewer events. Both minima hold in the end."""
     on_bad_rows: OnBadRows = "error"
     """What happens at a row that cannot be read: stop and name it, or leave it out and list it in rejects.csv."""
@@ -39,6 +40,7 @@ class EventFilters:
 
     def check(self, numbers: Sequence[str]) -> None:
         """Raise UserError for settings that cannot be. numbers: the event fields that are numbers."""
+        check_ranges(self)
         bytes_of(self.memory)
         for rule in self.at_least:
             column, _, value = rule.rpartition(":")
@@ -46,9 +48,6 @@ class EventFilters:
                 raise UserError(
                     f"at_least {rule!r}: give COLUMN:VALUE, where COLUMN is a field that is a number"
                 )
-        for name in ("min_item_events", "min_user_events"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give at least 1")
         for name in ("after", "before"):
             limit = getattr(self, name)
             if limit is not None and _ticks(limit) is None:
