@@ -150,6 +150,17 @@ def test_an_unknown_cell(capsys):
     assert "no cell 'nothing'" in capsys.readouterr().err
 
 
+def test_a_setting_that_cannot_be_is_said_once_before_any_cell(tmp_path, capsys):
+    where = ["--scale", "smoke", "--out", str(tmp_path / "out")]
+    for wrong, problem in (("foo.bar=1", "foo"), ("threads=0", "threads is 0; it must be at least 1")):
+        assert main(["experiments", "run", "ablations", *where, "--set", wrong]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("error:") == 1
+        assert said.err.startswith("error: ablations, cell ") and problem in said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_at_scale_smoke_a_crash_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
     """The cells run in this process there, and yet one that crashes is shown and the others go on."""
     calls = []

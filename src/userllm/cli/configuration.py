@@ -27,7 +27,15 @@ def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple
     base = {} if file is None else _read(Path(file))
     for text in overrides:
         override(base, text)
-    where = file or "configuration"
+    config = checked_config(base, str(file or "configuration"))
+    return config, _plain(config)
+
+
+def checked_config(base: dict[str, Any], where: str) -> RunConfig:
+    """The configuration that plain values are. where: what stands before the problem in a message.
+
+    Raises UserError as ``load_config`` does.
+    """
     default = RunConfig(encoder=_encoder_class(base, f"{where}: ")())
     parser = ArgumentParser(exit_on_error=False, prog="config")
     parser.add_class_arguments(RunConfig, skip={"encoder"})
@@ -42,7 +50,7 @@ def load_config(file: Path | str | None, overrides: Sequence[str] = ()) -> tuple
         raise UserError(f"{where}: {reason[:400]}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return config, _plain(config)
+    return config
 
 
 def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:

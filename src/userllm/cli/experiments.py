@@ -99,7 +99,8 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Every missing cell. Raises UserError at the end where some failed."""
+    """Every missing cell. Raises UserError at the end where some failed, and at once where ``--set`` cannot be."""
+    from userllm.cli.configuration import checked_config
     from userllm.experiments.definition import experiment_names, load_experiment
     from userllm.experiments.runner import Runner, in_own_process
 
@@ -107,6 +108,10 @@ def run(arguments: argparse.Namespace) -> None:
     if names == ["all"]:
         names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
     experiments = [load_experiment(name) for name in names]
+    for experiment in experiments if arguments.set else ():
+        cell = experiment.cell((arguments.only or [*experiment.cells])[0])
+        settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
+        checked_config(settings, f"{experiment.name}, cell {cell.name}")
     launch = _in_this_process if arguments.scale == "smoke" else in_own_process
     runner = Runner(arguments.out, launch, keep=arguments.keep)
     failed = [
