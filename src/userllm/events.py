@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from userllm.errors import UserError
@@ -34,19 +35,21 @@ class Event:
     """One interaction of a user with an item.
 
     ``item`` is the catalogue's raw id. ``fields`` holds further event-level values by field name (``{"rating": 4.0}``).
-    ``time`` is in seconds since 1970, or None where it is not known.
+    ``time`` is in seconds since 1970, or None where it is not known; so is a field whose value is None.
     """
 
     item: str
     time: int | None = None
-    fields: Mapping[str, float | str] = field(default_factory=dict)
+    fields: Mapping[str, float | str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise UserError for an item that is no text."""
+        """Raise UserError for an item that is no text, and for a time that is no number of seconds."""
         if not isinstance(self.item, str):
             raise UserError(
                 f"Event({self.item!r}): an item is its raw id or its title, a text; give {str(self.item)!r}"
             )
+        if self.time is not None and not (isinstance(self.time, Integral) and abs(self.time) < 2**62):
+            raise UserError(f"Event({self.item!r}): time is {self.time!r}; give whole seconds since 1970")
 
 
 @dataclass(frozen=True)

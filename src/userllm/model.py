@@ -16,7 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from userllm.contextual import ContextualLM
 from userllm.data.collation import HistoryCollator
+from userllm.data.titles import listed
 from userllm.data.vocabulary import Vocabulary
+from userllm.decoding.next_token import TextDecoding
 from userllm.encoders import EncoderConfig, TextEncoder, UserEncoder
 from userllm.encoders.text_start import TextStart
 from userllm.errors import UserError
@@ -161,10 +163,10 @@ class UserLLM(ContextualLM):
     ) -> list[Recommendation] | list[list[Recommendation]]:
         """The k best answers to a closed task, best first: for one user, or one list per user.
 
-        A user is a history, or what ``remember`` or a ``UserStore`` keeps of one. Unknown items in a history are named
+        A user is a history, or what ``remember`` or a ``UserStore`` keeps of one. What is unknown in a history is named
         in a warning. ``beams`` defaults to max(k, 20). Raises UserError for an unknown task, k < 1 or beams < 1.
         """
-        histories = [history] if isinstance(history, UserHistory | UserRecord) else list(history)
+        histories = _users(history)
         asked = self._task(task)
         if k < 1:
             raise UserError(f"k is {k}; ask for at least one answer")
@@ -212,8 +214,7 @@ class UserLLM(ContextualLM):
         texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
         """
         asked = self._answers_of(self._task(task), items)
-        alone = isinstance(history, UserHistory | UserRecord)
-        histories = [history] if alone else list(history)
+        alone, histories = isinstance(history, UserHistory | UserRecord), _users(history)
         scores = torch.empty(0, len(asked))
         if histories:
             scores = self.score_answers(task, self.users(histories), asked, block).cpu()
@@ -236,6 +237,9 @@ class UserLLM(ContextualLM):
         chat: put the prompt into the LM's chat template. The decoding settings are these and no others: the LM's own
         generation_config is not consulted.
         """
+        TextDecoding(max_new_tokens, sample=do_sample, temperature=temperature).check()
+        if num_beams < 1:
+            raise UserError(f"num_beams is {num_beams}; it must be at least 1")
         self.eval()
         text = prompt
         if chat:
@@ -338,11 +342,9 @@ class UserLLM(ContextualLM):
 
     def _batch(self, histories: Sequence[UserHistory], latest: int | None = None) -> HistoryBatch:
         """The histories' latest events, as many as the encoder sees, or ``latest``."""
-        batch, unknown = self.collator.from_histories(histories, latest or self.encoder.max_length)
-        if unknown:
-            warnings.warn(
-                f"items that the model has never seen are read as unknown: {_named(unknown)}", stacklevel=4
-            )
+        batch, unread = self.collator.from_histories(histories, latest or self.encoder.max_length)
+        if unread:
+            warnings.warn(str(unread), stacklevel=4)
         return batch.to(self.lm.device)
 
     def _seen(self, history: UserHistory) -> Tensor:
@@ -381,9 +383,9 @@ class UserLLM(ContextualLM):
         else:
             number = {answer: n for n, answer in enumerate(task.answers)}
             rows, known = [number.get(item, len(number)) for item in items], len(number)
-            give = f"its answers are {_named(task.answers)}"
+            give = f"its answers are {listed(task.answers)}"
         if unknown := list(dict.fromkeys(str(i) for i, row in zip(items, rows, strict=True) if row == known)):
-            raise UserError(f"unknown to task {task.name}: {_named(unknown)}; {give}")
+            raise UserError(f"unknown to task {task.name}: {listed(unknown)}; {give}")
         return torch.tensor(rows, dtype=torch.long, device=self.lm.device)
 
     def _recommendation(self, task: ClosedTask, answer: int, score: float) -> Recommendation:
@@ -567,5 +569,16 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
     return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
 
 
-def _named(items: Sequence[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+def _users(
+    who: UserHistory | UserRecord | Sequence[UserHistory | UserRecord],
+) -> list[UserHistory | UserRecord]:
+    """One user or several as a list. Raises UserError for anything else."""
+    several = [who] if isinstance(who, UserHistory | UserRecord) else who
+    if not isinstance(several, Sequence) or not all(
+        isinstance(one, UserHistory | UserRecord) for one in several
+    ):
+        raise UserError(
+            f"{repr(who)[:60]} is no user; give a UserHistory, what remember or a store keeps of one, or a list "
+            "of these"
+        )
+    return list(several)

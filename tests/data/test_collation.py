@@ -12,6 +12,8 @@ from userllm.data import (
     encode_histories,
     encode_user_history,
 )
+from userllm.data.vocabulary import FieldVocabulary
+from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 
 FIELDS = ("item", "rating", "genres", "year")
@@ -28,7 +30,7 @@ def test_stored_and_unseen_users_are_encoded_alike(dataset):
     stored = encode_histories(dataset, vocabulary, rows)
     histories = [dataset.history(user, start, stop) for user, start, stop in rows]
     unseen, unknown = encode_user_history(histories, vocabulary, dataset.items)
-    assert unknown == []
+    assert not unknown
     assert stored.mask.tolist() == [[True] * n + [False] * (6 - n) for n in (6, 5, 1, 0)]
     assert torch.equal(stored.mask, unseen.mask)
     assert list(stored.fields) == list(FIELDS)
@@ -76,7 +78,10 @@ def test_unknown_items_keep_their_place_and_are_named(dataset):
         ]
     )
     batch, unknown = encode_user_history([history, UserHistory([])], vocabulary, dataset.items)
-    assert unknown == ["nonsense"]
+    assert str(unknown) == (
+        "items that the model has never seen are read as unknown: nonsense; "
+        "values that the model has never seen are read as unknown: rating 99"
+    )
     assert batch.fields["item"].tolist() == [[7, 1, 9, 1], [0, 0, 0, 0]]
     assert batch.fields["rating"][0].tolist() == [
         vocabulary["rating"].id_of(4),
@@ -89,6 +94,35 @@ def test_unknown_items_keep_their_place_and_are_named(dataset):
     assert batch.lengths.tolist() == [4, 0]
 
 
+def test_a_title_of_several_items_is_named_with_their_ids(catalogue):
+    """One of them is meant where it is called as answers call it."""
+    ids = FieldVocabulary("item", "single", catalogue["id"].to_list())
+    collator = HistoryCollator(catalogue, Vocabulary([ids]))
+    first, second = collator.items["id"].to_list()[5:7]
+    batch, unread = collator.from_histories(
+        [UserHistory([Event("The Mask (1994)"), Event("The Mask (1994) [2]")])]
+    )
+    assert batch.fields["item"].tolist() == [[1, 8]]
+    assert (unread.items, unread.titles) == ([], {"The Mask (1994)": [first, second]})
+    assert str(unread) == (
+        f"titles that several items have are read as unknown, give an id: The Mask (1994) ({first}, {second})"
+    )
+
+
+def test_a_value_of_none_is_one_that_is_not_known(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    events = [Event("i5", fields={"rating": None}), Event("i5")]
+    batch, unread = encode_user_history([UserHistory(events)], vocabulary, dataset.items)
+    assert batch.fields["rating"].tolist() == [[1, 1]]
+    assert not unread
+
+
+@pytest.mark.parametrize("time", [2**70, 1.5, "1999"])
+def test_a_time_that_is_none(time):
+    with pytest.raises(UserError, match="give whole seconds since 1970"):
+        Event("i5", time)
+
+
 def test_an_item_added_after_training_keeps_its_genres(dataset):
     vocabulary = Vocabulary.from_dataset(dataset)
     new = pl.DataFrame(
@@ -96,7 +130,7 @@ def test_an_item_added_after_training_keeps_its_genres(dataset):
     )
     grown = pl.concat([dataset.items, new.cast(dict(dataset.items.schema))])
     batch, unknown = encode_user_history([UserHistory([Event("new")])], vocabulary, grown)
-    assert unknown == ["new"]
+    assert unknown.items == ["new"]
     assert batch.fields["item"].tolist() == [[1]]
     assert vocabulary["genres"].value_of(int(batch.fields["genres"][0, 0, 0])) == "g1"
 

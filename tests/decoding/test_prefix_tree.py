@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from userllm.data.titles import distinct_titles
 from userllm.decoding.prefix_tree import PrefixTree, segment_log_softmax
 from userllm.errors import UserError
-from userllm.tasks.base import distinct_texts
 
 END = 9
 answer_sets = st.lists(
@@ -113,7 +113,7 @@ def test_titles_alike_and_titles_within_titles(tiny_lm, catalogue):
     _, tokenizer = tiny_lm("llama")
     with pytest.raises(UserError, match="answers 5 and 6 read alike"):
         PrefixTree.from_texts(catalogue["title"].to_list(), tokenizer)
-    texts = distinct_texts(catalogue["title"].to_list())
+    texts = distinct_titles(catalogue["title"].to_list())
     tree = PrefixTree.from_texts(texts, tokenizer)
     for number, text in enumerate(texts):
         path = [n for n in tree.paths[number].tolist() if n > 0]

@@ -88,6 +88,26 @@ def test_items_that_cannot_be_scored(model, dataset, items, task, message):
         model.score(dataset.history(7), items, task=task)
 
 
+@pytest.mark.parametrize("who", [None, "m0", {"item": "m0"}, [Event("m0")], 7])
+def test_who_is_no_user(model, who):
+    for ask in (model.recommend, model.score):
+        with pytest.raises(UserError, match="is no user; give a UserHistory"):
+            ask(who)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature is 0\.0; it must be above 0"),
+    ],
+)
+def test_a_text_that_cannot_be_written(model, settings, message):
+    with pytest.raises(UserError, match=message):
+        model.generate("Hello", None, **settings)
+
+
 def test_nothing_is_left_for_who_has_seen_everything(model, dataset):
     history = UserHistory([Event(item) for item in dataset.items["id"]])
     assert model.recommend(history, 5) == []

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from userllm.data.titles import distinct_titles
 from userllm.errors import UserError
 from userllm.tasks import FavoriteCategory, NextItem, TaskConfig, build_task
-from userllm.tasks.base import distinct_texts
 
 
 def examples(dataset):
@@ -76,8 +76,8 @@ def test_next_item_answers_are_distinct_and_in_catalogue_order(dataset):
 
 
 @given(st.lists(st.sampled_from(["A", "B", "A [2]", "A [3]", "A [2] [2]", ""]), max_size=12))
-def test_distinct_texts(titles):
-    texts = distinct_texts(titles)
+def test_distinct_titles(titles):
+    texts = distinct_titles(titles)
     assert len(set(texts)) == len(titles)
     first = {}
     for title, text in zip(titles, texts, strict=True):
@@ -85,7 +85,7 @@ def test_distinct_texts(titles):
         if title not in first:  # the first item of a title keeps it
             assert text == title
             first[title] = text
-    assert distinct_texts(titles) == texts
+    assert distinct_titles(titles) == texts
 
 
 def test_settings_that_cannot_be_are_named(dataset):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -11,11 +13,37 @@ import torch
 
 from userllm.data.store import Dataset
 from userllm.data.time_gaps import time_gap_ids
-from userllm.data.vocabulary import PADDING, UNKNOWN, FieldVocabulary, Vocabulary
+from userllm.data.titles import distinct_titles, listed
+from userllm.data.vocabulary import PADDING, UNKNOWN, FieldVocabulary, Vocabulary, value_text
 from userllm.events import UNKNOWN_TIME, Event, HistoryBatch, TextOf, UserHistory
 
 Row = tuple[int, int, int]
 """(user, start, stop): the events ``start:stop`` of a user."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What of some histories is read as unknown, each once and in order.
+
+    items: ids or titles that the model has never seen. titles: by a title that several items have, their ids. values:
+    of the events' fields, like "rating 99".
+    """
+
+    items: list[str]
+    titles: dict[str, list[str]]
+    values: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.items or self.titles or self.values)
+
+    def __str__(self) -> str:
+        several = [f"{title} ({listed(ids)})" for title, ids in self.titles.items()]
+        said = (
+            ("items that the model has never seen are read as unknown", self.items),
+            ("titles that several items have are read as unknown, give an id", several),
+            ("values that the model has never seen are read as unknown", self.values),
+        )
+        return "; ".join(f"{what}: {listed(names)}" for what, names in said if names)
 
 
 class HistoryCollator:
@@ -76,12 +104,13 @@ class HistoryCollator:
 
     def from_histories(
         self, histories: Sequence[UserHistory], max_length: int | None = None
-    ) -> tuple[HistoryBatch, list[str]]:
-        """A batch of anyone's histories, and the raw ids of items that are unknown (each once, in order).
+    ) -> tuple[HistoryBatch, Unread]:
+        """A batch of anyone's histories, and what of them is read as unknown.
 
-        An event's item may be named by its raw id or by a title that only one item has. Unknown items keep their place
-        with id 1 and no genres; so do fields that an event leaves out. Of each history the latest ``max_length`` events
-        are kept; a time gap still knows of the event before them. A batch of empty histories has S = 1, all masked.
+        An event's item may be named by its raw id, by a title that only one item has, or as answers name it ("title
+        [2]"). Unknown items keep their place with id 1 and no genres; so do unknown values, and fields that an event
+        leaves out or has None for. Of each history the latest ``max_length`` events are kept; a time gap still knows of
+        the event before them. A batch of empty histories has S = 1, all masked.
         """
         events = [
             list(history.events)[-max_length:] if max_length else list(history.events)
@@ -94,7 +123,7 @@ class HistoryCollator:
         event_ids = {
             f.name: np.full(shape, UNKNOWN, dtype=np.int64) for f in [*self.event_fields, *self.time_fields]
         }
-        unknown: dict[str, None] = {}
+        unknown, values = dict[str, None](), dict[str, None]()
         for b, row in enumerate(events):
             mask[b, : len(row)] = True
             whole = np.array(
@@ -111,28 +140,41 @@ class HistoryCollator:
                 if self.item_vocabulary_ids[item_rows[b, s]] == UNKNOWN:
                     unknown[event.item] = None
                 for field in self.event_fields:
-                    if field.name in event.fields:
-                        event_ids[field.name][b, s] = field.id_of(event.fields[field.name])
+                    value = event.fields.get(field.name)
+                    if value is None:
+                        continue
+                    event_ids[field.name][b, s] = field.id_of(value)
+                    if event_ids[field.name][b, s] == UNKNOWN:
+                        values[f"{field.name} {value_text(value)}"] = None
         batch = self.from_arrays(item_rows, event_ids, times, mask)
         batch.texts = [_texts_of(row) for row in events]
-        return batch, list(unknown)
+        several = {title: self._shared_titles[title] for title in unknown if title in self._shared_titles}
+        return batch, Unread([item for item in unknown if item not in several], several, list(values))
 
     def row_of(self, item: str) -> int:
-        """The item's row in the table, by raw id or unique title; ``num_items`` where there is none."""
+        """The item's row in the table, by raw id, unique title, or "title [2]"; ``num_items`` where there is none."""
         return self._rows.get(item, self.num_items)
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        titles = self.items["title"].to_list() if "title" in self.items.columns else []
-        rows: dict[str, int] = {}
-        twice: set[str] = set()
-        for row, title in enumerate(titles):
-            if title in rows:
-                twice.add(title)
-            rows[title] = row
-        for title in twice:
+        rows = {title: row for row, title in enumerate(distinct_titles(self._titles))}
+        for title in self._shared_titles:
             del rows[title]
         return rows | {raw_id: row for row, raw_id in enumerate(self.items["id"].to_list())}
+
+    @cached_property
+    def _shared_titles(self) -> dict[str, list[str]]:
+        """The ids of the items that have a title, where they are several."""
+        shared = {title for title, count in Counter(self._titles).items() if count > 1}
+        found: dict[str, list[str]] = {title: [] for title in shared}
+        for title, raw_id in zip(self._titles, self.items["id"].to_list(), strict=False):
+            if title in shared:
+                found[title].append(raw_id)
+        return found
+
+    @cached_property
+    def _titles(self) -> list[str]:
+        return self.items["title"].to_list() if "title" in self.items.columns else []
 
 
 def _texts_of(events: Sequence[Event]) -> TextOf:
@@ -210,6 +252,6 @@ def encode_histories(
 
 def encode_user_history(
     histories: Sequence[UserHistory], vocabulary: Vocabulary, items: pl.DataFrame
-) -> tuple[HistoryBatch, list[str]]:
-    """One batch of anyone's histories and the unknown items. For many batches build a ``HistoryCollator`` once."""
+) -> tuple[HistoryBatch, Unread]:
+    """One batch of anyone's histories, and what is unknown in it. For many batches build a ``HistoryCollator`` once."""
     return HistoryCollator(items, vocabulary).from_histories(histories)

@@ -7,7 +7,6 @@ A task sees data and texts, never a model. Prompts are configuration: neither pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from userllm.data.store import Dataset
+from userllm.data.titles import distinct_titles
 from userllm.errors import UserError
 from userllm.ranges import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 
@@ -115,7 +115,7 @@ class NextItem(ClosedTask):
     """Which item comes next (User-LLM section 4.1). Answer n is row n of the catalogue."""
 
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
-        super().__init__(name, config, distinct_texts(items["title"].to_list()))
+        super().__init__(name, config, distinct_titles(items["title"].to_list()))
 
     def targets(
         self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
@@ -182,16 +182,3 @@ def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """``starts[0], starts[0] + 1, ...``, ``lengths[0]`` numbers, then those from ``starts[1]`` on, and so on."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def distinct_texts(titles: Sequence[str]) -> list[str]:
-    """Titles made distinct: the second item of a title becomes ``"title [2]"``, and so on, in catalogue order."""
-    used, seen, result = set(titles), Counter[str](), []
-    for title in titles:
-        seen[title] += 1
-        text, number = title, seen[title]
-        while number > 1 and (text := f"{title} [{number}]") in used:
-            number += 1
-        used.add(text)
-        result.append(text)
-    return result
