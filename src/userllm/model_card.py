@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from userllm.json_file import read_object
 from userllm.language_models.pretrained import PACKAGED
 
 STRATEGIES = {
@@ -38,7 +39,7 @@ def write_description(folder: Path, description: Mapping[str, Any], name: str) -
 
 def add_to_description(folder: Path, run: Mapping[str, Any], name: str) -> None:
     """Add what has become known of its run to a saved model: to config.json's "run", and so to the card."""
-    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    description = read_object(folder / "config.json", "save the model again")
     known = description.get("run", {})  # folders written by userllm 0.1.0 have none
     write_description(folder, description | {"run": known | run}, name)
 

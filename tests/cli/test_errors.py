@@ -232,3 +232,27 @@ def test_what_is_no_setting_is_refused(userllm, word):
     assert (
         f"unrecognized arguments: {word}" in userllm("run", "c.yaml", "threads=1", "--runs", "r", word).error
     )
+
+
+@pytest.mark.parametrize(
+    ("record", "content", "problem"),
+    [
+        ("stages.json", "{", "stages.json, line 1: not JSON"),
+        ("stages.json", "[]", "stages.json: a JSON object is expected, not a list; remove it"),
+        ("dataset.json", "\n{]", "dataset.json, line 2: not JSON"),
+        ("dataset.json", "{}", "dataset.json: 'folder' is missing; remove it"),
+        ("contextualize/trainable.json", '{"lm":', "trainable.json, line 1: not JSON"),
+    ],
+)
+def test_a_damaged_record_of_a_run(record, content, problem, userllm, finished, tmp_path):
+    shutil.copytree(finished / "runs/demo", tmp_path / "runs/demo")
+    (tmp_path / "runs/demo" / record).write_text(content)
+    (tmp_path / "runs/demo/metrics.json").unlink()  # so that there is something to do
+    (tmp_path / "raw").symlink_to(finished / "raw")
+    said = userllm("run", finished / "config.yaml", cwd=tmp_path)
+    assert problem in said.error
+
+
+def test_an_export_is_called_what_it_is(userllm):
+    said = userllm("embed", "runs/demo", "--out", "s", "--export", "users.csv")
+    assert "--export users.csv: the file is Parquet; call it users.parquet" in said.error

@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        return _refused(f"{error.filename}: {error.strerror}; choose another place, or make room there")
+        mend = "" if isinstance(error, FileNotFoundError) else "; choose another place, or make room there"
+        return _refused(f"{error.filename}: {error.strerror}{mend}")
     except KeyboardInterrupt:
         print("interrupted: give the same command again and it goes on where it stopped", file=sys.stderr)
         return 130

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from userllm.errors import UserError
+from userllm.json_file import read_object
 
 if TYPE_CHECKING:
     from userllm.events import UserHistory
@@ -117,12 +117,12 @@ def open_model(arguments: argparse.Namespace) -> tuple[UserLLM, UserHistory | Us
     else:
         from userllm.data.history_file import read_history
         from userllm.data.vocabulary import Vocabulary
-        from userllm.saved_model import saved_fusion
+        from userllm.saved_model import read_description, saved_fusion
 
         fields = [
             field.name for field in Vocabulary.load(folder / "vocabulary.json") if field.level == "event"
         ]
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = read_description(folder)
         texts = saved_fusion(saved["fusion"]).text.texts
         user = read_history(file, [*(name for name in fields if name != "item"), *texts])
 
@@ -179,7 +179,7 @@ def _dataset_of(folder: Path, data: Path | None) -> Path | None:
     used = folder / "dataset.json"
     if data is not None or not used.is_file():
         return data
-    return Path(json.loads(used.read_text(encoding="utf-8"))["folder"])
+    return Path(read_object(used, "give --data DIR", "folder")["folder"])
 
 
 def _history_of_user(arguments: argparse.Namespace) -> UserHistory:

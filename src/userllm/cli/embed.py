@@ -72,6 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
     """A model and a dataset -> a store."""
     from userllm.data.store import Dataset
 
+    if arguments.export is not None and arguments.export.suffix != ".parquet":
+        raise UserError(
+            f"--export {arguments.export}: the file is Parquet; call it {arguments.export.stem}.parquet"
+        )
     if arguments.every_event and arguments.export is None:
         raise UserError("--every-event says what --export writes; give --export FILE.parquet, too")
     folder = model_folder(arguments.folder)

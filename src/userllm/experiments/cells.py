@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 
 from userllm.errors import UserError
+from userllm.json_file import read_object
 
 FORMAT_VERSION = 1
 
@@ -69,10 +70,7 @@ class CellStore:
     def find(self, settings_hash: str) -> FinishedCell | None:
         """The cell with these settings. Raises UserError where its file is damaged."""
         for file in sorted(self.folder.glob(f"*-{settings_hash}.json")):
-            try:
-                told = json.loads(file.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}: not JSON ({error}); remove it and run the cell again") from error
+            told = read_object(file, "remove it and run the cell again")
             if told.get("format_version") != FORMAT_VERSION or not file.with_suffix(".parquet").is_file():
                 raise UserError(f"{file}: not a whole cell of this version; remove it and run the cell again")
             return FinishedCell(file, told)

@@ -22,6 +22,7 @@ from userllm.data.card import DatasetCard
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.definition import Experiment, settings_hash
+from userllm.json_file import AGAIN, read_object
 from userllm.report.record import SHOWN_TEXTS
 
 Launch = Callable[[list[str]], int]
@@ -95,7 +96,7 @@ class Runner:
             partial.rename(folder)
         if self._userllm("evaluate", name, settings) != 0:
             return None
-        metrics = _json(folder / "metrics.json")
+        metrics = read_object(folder / "metrics.json", AGAIN)
         told |= {
             "settings_hash": settings_hash(settings),
             "commit": metrics["commit"],
@@ -103,7 +104,7 @@ class Runner:
             "hardware": metrics["hardware"],
             "settings": settings,
             "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-            "stages": _json(folder / "stages.json"),
+            "stages": read_object(folder / "stages.json", AGAIN),
             "metrics": metrics,
             "texts": {file.stem: _first_lines(file) for file in sorted((folder / "texts").glob("*.jsonl"))},
         }
@@ -154,13 +155,3 @@ def _first_lines(file: Path) -> list[dict[str, Any]]:
     """Texts that a cell keeps: those of the first users."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, SHOWN_TEXTS)]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}); remove its folder and run the cell again"
-        ) from error
-    return told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from userllm.data.splits import Split
 from userllm.data.store import Dataset
 from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.users import EvaluationConfig
+from userllm.json_file import AGAIN, read_json
 from userllm.model import UserLLM
 from userllm.pipeline.machine import commit, hardware, peak_rss_mb
 
@@ -35,9 +35,9 @@ def run_facts(folder: Path, config: RunConfig, evaluator: ClosedEvaluator) -> di
             "frozen": frozen,
         },
         "summaries": None if model.summarizer is None else model.summarizer.described(),
-        "trainable": json.loads((folder / "contextualize" / "trainable.json").read_text()),
+        "trainable": read_json(folder / "contextualize" / "trainable.json", AGAIN),
         "gates": [{"layer": layer, "value": value} for layer, value in model.gates.items()],
-        "training": json.loads(trained.read_text()) if trained.exists() else None,
+        "training": read_json(trained, AGAIN) if trained.exists() else None,
         "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
         "timings_s": {},
         "cpu_s": {},

@@ -41,6 +41,7 @@ from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.open import OpenEvaluator
 from userllm.evaluation.questions import Ask, Question
 from userllm.freed_memory import keep_freed_memory
+from userllm.json_file import ANEW, read_object
 from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
@@ -115,7 +116,7 @@ class Run:
     def open_data(self) -> None:
         """Open the dataset that was prepared."""
         self.dataset = Dataset.open(self._dataset_folder())
-        used = json.loads((self.folder / "dataset.json").read_text())
+        used = read_object(self.folder / "dataset.json", ANEW)
         if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
             raise UserError(
                 f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
@@ -323,7 +324,7 @@ class Run:
     # ---- bookkeeping ----------------------------------------------------------------------------------------------
 
     def _dataset_folder(self) -> Path:
-        return Path(json.loads(self._need_file("dataset.json", "data").read_text())["folder"])
+        return Path(read_object(self._need_file("dataset.json", "data"), ANEW, "folder")["folder"])
 
     def _dataset_folder_known(self) -> bool:
         return (self.folder / "dataset.json").exists() and (self._dataset_folder() / "card.json").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 from userllm import processes
 from userllm.freed_memory import hand_back
+from userllm.json_file import ANEW, read_object
 from userllm.pipeline.machine import peak_rss_mb
 from userllm.report.current import stage_hash
 
@@ -55,7 +56,7 @@ class Stages:
     def _begun(self, name: str, keys: Sequence[str], exists: Callable[[], bool]) -> dict[str, Any] | None:
         """What is known of all stages, with this one begun; None where it is done."""
         record_file = self.folder / "stages.json"
-        records: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
+        records = read_object(record_file, ANEW) if record_file.exists() else {}
         settings = stage_hash(self.plain, keys)
         record = records.get(name, {})
         if record.get("settings") == settings and record.get("done") and exists():
@@ -89,7 +90,7 @@ class Stages:
         if not before.is_dir():
             return {}
         before.rename(here)
-        found: dict[str, Any] = json.loads((here / told).read_text())
+        found = read_object(here / told, ANEW)
         (here / told).unlink()
         return found
 
@@ -98,7 +99,7 @@ class Stages:
 
     def tell_times(self, file: Path) -> None:
         """Seconds and memory into metrics.json (``file``), which is made inside the stage whose seconds it tells."""
-        metrics, records = json.loads(file.read_text()), json.loads((self.folder / "stages.json").read_text())
+        metrics, records = read_object(file, ANEW), read_object(self.folder / "stages.json", ANEW)
         metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
         metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
         metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from userllm.errors import UserError
+from userllm.json_file import ANEW, read_object
 
 MEASURED_BY = (
     "data", "split", "encoder", "pretrain", "seed", "lm", "fusion", "tasks", "contextualize", "evaluation",
@@ -34,7 +35,7 @@ def check_current(folder: Path) -> None:
     config, stages = folder / "config.yaml", folder / "stages.json"
     if not (config.is_file() and stages.is_file()):
         return
-    record = json.loads(stages.read_text(encoding="utf-8")).get("evaluate")
+    record = read_object(stages, ANEW).get("evaluate")
     now = yaml.safe_load(config.read_text(encoding="utf-8"))
     if record is not None and record["settings"] != stage_hash(now, MEASURED_BY):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate
+from userllm.json_file import read_json
 
 STAGES = ("pretrain", "contextualize")
 
@@ -203,12 +204,7 @@ def _json(path: Path) -> Any:
     """The content of a JSON file, None where there is no such file."""
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); remake it by running that stage again"
-        ) from error
+    return read_json(path, "remake it by running that stage again")
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

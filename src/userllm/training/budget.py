@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from userllm import processes
+from userllm.json_file import AGAIN, read_object
 
 MAX_STEPS = 10**9
 """Steps a Trainer is told where time is what ends the training."""
@@ -64,7 +65,7 @@ class Budget(TrainerCallback):
 
     def resume(self, folder: Path) -> None:
         """Go on from the seconds in such a folder."""
-        self._before = json.loads((folder / _FILE).read_text())["used"]
+        self._before = read_object(folder / _FILE, AGAIN, "used")["used"]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -21,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from userllm import processes
 from userllm.errors import UserError
 from userllm.freed_memory import hand_back, hand_back_if_scarce
+from userllm.json_file import AGAIN, read_object
 from userllm.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
@@ -228,7 +228,9 @@ class StageTrainer(Trainer):
         ):  # dropout and samples of its own; the main process draws as a single one does
             set_seed(self.args.seed + processes.number())
         if checkpoint is not None:
-            self.batches.start = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            self.batches.start = read_object(checkpoint / "trainer_state.json", AGAIN, "global_step")[
+                "global_step"
+            ]
             if self.budget is not None:
                 self.budget.resume(checkpoint)
             print(f"resuming from {checkpoint}")
