@@ -202,7 +202,7 @@ def test_bad_settings_are_named(make_user_llm):
         make_user_llm("lora", kind="none")
     with pytest.raises(UserError, match="nothing to train"):
         make_user_llm("enc", kind="none", text=HistoryTextConfig(events=2))
-    with pytest.raises(UserError, match="at least one event"):
+    with pytest.raises(UserError, match=r"fusion\.events is 0; it must be at least 1"):
         FusionConfig(events=0).check()
 
 

@@ -191,8 +191,8 @@ def test_bad_input_is_named(make_user_llm, users):
     with pytest.raises(UserError, match="prompt 1 is empty"):
         model.write_texts(["a", ""], None, TextDecoding())
     for settings, message in (
-        ({"max_new_tokens": 0}, "at least one"),
-        ({"max_new_tokens": 3, "min_new_tokens": 4}, "between 0 and max_new_tokens"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "at most max_new_tokens"),
         ({"temperature": 0.0}, "above 0"),
         ({"top_p": 1.2}, "at most 1"),
     ):

@@ -12,7 +12,7 @@ from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
-from userllm.ranges import PositiveInt
+from userllm.ranges import PositiveInt, check_ranges
 
 
 @dataclass
@@ -62,7 +62,8 @@ class FusionConfig:
         return self.perceiver is None or self.perceiver.start == "stretches"
 
     def check(self) -> None:
-        """Raise UserError for settings that contradict each other."""
+        """Raise UserError for settings out of range, or that contradict each other."""
+        check_ranges(self, "fusion.")
         if self.kind == "none" and self.text.events < 1:
             raise UserError("fusion.kind none leaves the user out; set fusion.text.events for a text prompt")
         if self.catalogue is not None and self.kind == "none":
