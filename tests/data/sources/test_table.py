@@ -298,7 +298,12 @@ def test_items(tmp_path):
     assert grown.items["title"].to_list() == ["Z & co", "y", "X", "new", "W"]
     assert grown.items["category"].to_list()[-1] == ["d"]
     items.write_text('{"id": "x"}\n{"id": "x"}\n')
-    with pytest.raises(UserError, match=r"items\.jsonl line 2: item x is already on line 1"):
+    with pytest.raises(UserError, match=r"items\.jsonl line 2: item x is already on line 1;"):
+        prepare_table(replace(CONFIG, path=[str(log)], items=known), tmp_path / "out")
+    items.write_text('{"id": "w"}\n{"id": "x"}\n')
+    (tmp_path / "later.jsonl").write_text('{"id": "x"}\n')
+    known = replace(known, path=[str(items), str(tmp_path / "later.jsonl")])
+    with pytest.raises(UserError, match=r"later\.jsonl line 1: item x is already on line 2 of items\.jsonl;"):
         prepare_table(replace(CONFIG, path=[str(log)], items=known), tmp_path / "out")
 
 

@@ -145,7 +145,7 @@ class TableReader:
         """The catalogue in the order of its files: id, title, category."""
         config = self.config.items
         wanted = [name for name in (config.key, config.title, config.category) if name]
-        seen: dict[str, int] = {}
+        seen: dict[str, tuple[Path, int]] = {}
         ids: list[str] = []
         titles: list[str] = []
         categories: list[tuple[str, ...]] = []
@@ -164,11 +164,11 @@ class TableReader:
                     if not key:
                         bad.append(Rejected(rows.file, line, f"{config.key} is missing"))
                     elif key in seen:
-                        bad.append(
-                            Rejected(rows.file, line, f"item {key[:SHOWN]} is already on line {seen[key]}")
-                        )
+                        where, before = seen[key]
+                        there = f"line {before}" + (f" of {where.name}" if where != file else "")
+                        bad.append(Rejected(rows.file, line, f"item {key[:SHOWN]} is already on {there}"))
                     else:
-                        seen[key] = line
+                        seen[key] = (file, line)
                         ids.append(key)
                         titles.append(title or key)
                         categories.append(_categories(category, config.separator))
