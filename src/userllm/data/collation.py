@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,8 +142,8 @@ class HistoryCollator:
                     value = event.fields.get(field.name)
                     if value is None:
                         continue
-                    event_ids[field.name][b, s] = field.id_of(value)
-                    if event_ids[field.name][b, s] == UNKNOWN:
+                    event_ids[field.name][b, s] = number = field.id_of(value)
+                    if number == UNKNOWN:
                         values[f"{field.name} {value_text(value)}"] = None
         batch = self.from_arrays(item_rows, event_ids, times, mask)
         batch.texts = [_texts_of(row) for row in events]
@@ -157,7 +156,8 @@ class HistoryCollator:
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        rows = {title: row for row, title in enumerate(distinct_titles(self._titles))}
+        titles = self.items["title"].to_list() if "title" in self.items.columns else []
+        rows = {title: row for row, title in enumerate(distinct_titles(titles))}
         for title in self._shared_titles:
             del rows[title]
         return rows | {raw_id: row for row, raw_id in enumerate(self.items["id"].to_list())}
@@ -165,16 +165,10 @@ class HistoryCollator:
     @cached_property
     def _shared_titles(self) -> dict[str, list[str]]:
         """The ids of the items that have a title, where they are several."""
-        shared = {title for title, count in Counter(self._titles).items() if count > 1}
-        found: dict[str, list[str]] = {title: [] for title in shared}
-        for title, raw_id in zip(self._titles, self.items["id"].to_list(), strict=False):
-            if title in shared:
-                found[title].append(raw_id)
-        return found
-
-    @cached_property
-    def _titles(self) -> list[str]:
-        return self.items["title"].to_list() if "title" in self.items.columns else []
+        if "title" not in self.items.columns:
+            return {}
+        by_title = self.items.group_by("title", maintain_order=True).agg("id")
+        return dict(by_title.filter(pl.col("id").list.len() > 1).select("title", "id").iter_rows())
 
 
 def _texts_of(events: Sequence[Event]) -> TextOf:
