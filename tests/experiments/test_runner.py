@@ -7,6 +7,7 @@ from userllm.cli import main
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore
 from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
+from userllm.experiments.report import write_experiment_report
 from userllm.experiments.runner import Runner
 
 from .conftest import QUICK
@@ -202,3 +203,59 @@ def test_every_experiment(tmp_path, capsys):
     capsys.readouterr()
     assert main(["experiments", "run", "all", *where]) == 0
     assert "failed" not in capsys.readouterr().out
+
+
+def test_a_slower_machine_is_given_more_seconds_and_says_so(done, tmp_path):
+    shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
+    runner = Runner(tmp_path, main, say=lambda _: None, pace=1.5)
+    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+    cell = CellStore(tmp_path).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
+    assert cell is not None and cell.pace == 1.5
+    assert cell.told["settings"]["contextualize"]["seconds"] == 0.2
+    assert cell.told["config"]["contextualize"]["seconds"] == pytest.approx(0.3)
+    assert cell.metrics["training"]["seconds"] >= 0.3
+    assert cell.told["config"]["pretrain"]["seconds"] == pytest.approx(0.15)
+    page = (
+        write_experiment_report(FAMILY, "smoke", tmp_path, extra=QUICK).with_suffix(".md").read_text("utf-8")
+    )
+    assert "given 1.5 times the seconds" in page
+    [costs] = [line for line in page.splitlines() if line.startswith("| Row | trainable")]
+    assert "| pace |" in costs
+
+
+def test_the_pace_is_what_the_steps_of_the_reference_take(done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "out")
+    runner = Runner(tmp_path / "out", main, say=lambda _: None)
+    reference = CellStore(done[0]).find(settings_hash(FAMILY.settings("reference", "smoke", 0, QUICK)))
+    assert reference is not None and reference.pace == 1
+    steps = reference.metrics["training"]["steps"]
+    whole = runner.measured_pace(FAMILY, "smoke", QUICK)
+    assert whole.steps == steps and whole.here > 0
+    assert whole.there == pytest.approx(reference.told["stages"]["contextualize"]["cpu_seconds"])
+    assert whole.factor == pytest.approx(whole.here / whole.there)
+    one = runner.measured_pace(FAMILY, "smoke", QUICK, steps=1)
+    assert (one.steps, one.there) == (1, pytest.approx(whole.there / steps))
+    left = {path.name.split("-")[0] for path in (tmp_path / "out" / "work" / "runs").iterdir()}
+    assert left == {"stage1"}
+
+
+def test_a_pace_needs_a_stored_reference_of_so_many_seconds(done, tmp_path):
+    with pytest.raises(UserError, match=r"no cell reference \(seed 0, scale smoke\) of family"):
+        Runner(tmp_path, lambda _: 1).measured_pace(FAMILY, "smoke", QUICK)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"), [(["--pace", "0"], "--pace is 0"), (["--pace", "nan"], "--pace is nan")]
+)
+def test_a_pace_that_cannot_be_is_refused(said, why, tmp_path, capsys):
+    assert main(["experiments", "run", "family", "--out", str(tmp_path), *said]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_pace_as_a_command(done, tmp_path, capsys):
+    shutil.copytree(done[0], tmp_path / "out")
+    command = ["experiments", "pace", "family", "--scale", "smoke", "--out", str(tmp_path / "out")]
+    assert main([*command, "--steps", "1", "--set", *QUICK]) == 0
+    assert "family, reference: stage 2 of 1 steps took" in (said := capsys.readouterr().out)
+    assert float(said.split("--pace ")[1]) > 0
+    assert main([*command, "--steps", "0"]) == 2

@@ -26,6 +26,15 @@ machines into one folder and they are one result. --set changes every cell, and 
 same --set. At scale smoke the cells run in this process, at the others each in its own.
 """
 )
+PACE_NOTE = (
+    SCALES_NOTE
+    + """
+An experiment whose cells have equal time is done on like machines, or on a slower one at its pace: the CPU seconds it
+needs for the steps of the reference that is stored in DIR/cells, to those that the other one needed. It trains that
+reference once more to know. Then `userllm experiments run NAME --pace N` gives both stages of every cell N times
+their seconds; the report says so.
+"""
+)
 REPORT_NOTE = (
     SCALES_NOTE
     + """
@@ -48,7 +57,23 @@ def add_parser(commands: Any) -> None:
     running.add_argument("--only", nargs="+", metavar="CELL", help="these cells only")
     running.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
     running.add_argument("--keep", action="store_true", help="keep the run folders, models included")
+    running.add_argument(
+        "--pace",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="give the stages of each cell N times their seconds, since this machine is so much slower than the "
+        "one that did the stored cells (see `userllm experiments pace`)",
+    )
     running.set_defaults(command=run)
+    pacing = add_command(
+        actions, "pace", "measure how much slower this machine is than that of the stored cells", PACE_NOTE
+    )
+    pacing.add_argument("name", metavar="NAME", help="the experiment")
+    pacing.add_argument(
+        "--steps", type=int, metavar="N", help="train N steps only (default: all the stored reference took)"
+    )
+    pacing.set_defaults(command=pace)
     reporting = add_command(actions, "report", "write the tables and verdicts of what is stored", REPORT_NOTE)
     reporting.add_argument("names", nargs="*", metavar="NAME", help="a page for each (default: one for all)")
     reporting.add_argument(
@@ -60,7 +85,7 @@ def add_parser(commands: Any) -> None:
     )
     reporting.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds (default: the scale's)")
     reporting.set_defaults(command=report)
-    for action in (listing, running, reporting):
+    for action in (listing, running, pacing, reporting):
         action.add_argument(
             "--scale", choices=("smoke", "cpu", "gpu"), default="cpu", help="how large (default: cpu)"
         )
@@ -104,6 +129,10 @@ def run(arguments: argparse.Namespace) -> None:
     from userllm.experiments.definition import experiment_names, load_experiment
     from userllm.experiments.runner import Runner, in_own_process
 
+    if not 0 < arguments.pace < float("inf"):
+        raise UserError(
+            f"--pace is {arguments.pace:g}; it must be above 0, and 1 is the stored cells' machine"
+        )
     names = arguments.names
     if names == ["all"]:
         names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
@@ -113,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
         checked_config(settings, f"{experiment.name}, cell {cell.name}")
     launch = _in_this_process if arguments.scale == "smoke" else in_own_process
-    runner = Runner(arguments.out, launch, keep=arguments.keep)
+    runner = Runner(arguments.out, launch, keep=arguments.keep, pace=arguments.pace)
     failed = [
         name
         for experiment in experiments
@@ -121,6 +150,24 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if failed:
         raise UserError(f"{len(failed)} cells failed: {', '.join(failed)}; what they said stands above")
+
+
+def pace(arguments: argparse.Namespace) -> None:
+    """How long this machine takes beside the one that did the stored reference."""
+    from userllm.experiments.definition import load_experiment
+    from userllm.experiments.runner import Runner, in_own_process
+
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UserError(f"--steps is {arguments.steps}; it must be at least 1")
+    launch = _in_this_process if arguments.scale == "smoke" else in_own_process
+    experiment = load_experiment(arguments.name)
+    measured = Runner(arguments.out, launch).measured_pace(
+        experiment, arguments.scale, arguments.set, arguments.steps
+    )
+    print(
+        f"{experiment.name}, {experiment.reference}: stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "
+        f"seconds here and {measured.there:,.0f} on {measured.hardware}\n--pace {measured.factor:.2f}"
+    )
 
 
 def _in_this_process(command: list[str]) -> int:

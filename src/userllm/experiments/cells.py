@@ -43,6 +43,11 @@ class FinishedCell:
         """The run's seed."""
         return int(self.told["settings"]["seed"])
 
+    @property
+    def pace(self) -> float:
+        """Seconds of its machine for one second of the budget; cells of before this was told had 1."""
+        return float(self.told.get("pace", 1.0))
+
     def per_user(self) -> pl.DataFrame:
         """task, user, system, and a column per number there is of a user's answer: rank, log_likelihood, and what is
         measured of written texts (rougeLsum, ...). Null or NaN where there is none; older cells lack some columns."""

@@ -325,10 +325,15 @@ def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
     return [
         *lines("Data", [_data(cell) for cell in cells]),
         *lines("Language model", [_lm(cell) for cell in cells]),
-        *lines("Hardware", [cell.told["hardware"] for cell in cells]),
+        *lines("Hardware", [_hardware(cell) for cell in cells]),
         *lines("Commit", [cell.told["commit"] for cell in cells]),
         ("Date", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"),
     ]
+
+
+def _hardware(cell: FinishedCell) -> str:
+    paced = "" if cell.pace == 1 else f", given {cell.pace:g} times the seconds"
+    return f"{cell.told['hardware']}{paced}"
 
 
 def _data(cell: FinishedCell) -> str:

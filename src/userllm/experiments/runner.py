@@ -7,11 +7,13 @@ and seed share one stage 1, done once in OUT/work/runs/stage1-<hash> and copied 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,26 @@ from userllm.report.record import SHOWN_TEXTS
 Launch = Callable[[list[str]], int]
 """Runs ``userllm`` with these arguments; returns the exit status."""
 
+
+@dataclass(frozen=True)
+class Pace:
+    """How long this machine takes for work that another one did."""
+
+    steps: int
+    """Training steps of the reference's stage 2."""
+    here: float
+    """CPU seconds of this machine."""
+    there: float
+    """CPU seconds of the machine that did the stored reference."""
+    hardware: str
+    """That machine."""
+
+    @property
+    def factor(self) -> float:
+        """Seconds of this machine for one of that."""
+        return self.here / self.there
+
+
 _STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
 
 
@@ -37,7 +59,11 @@ def in_own_process(arguments: list[str]) -> int:
 
 
 class Runner:
-    """Runs cells into ``out``. keep: leave the run folders, models included, where they are."""
+    """Runs cells into ``out``. keep: leave the run folders, models included, where they are.
+
+    pace: seconds of this machine for one second of an experiment's budgets, so that rows of machines of unlike speed
+    had the same training; see ``measured_pace``. A cell goes by its settings without it, and tells it.
+    """
 
     def __init__(
         self,
@@ -45,11 +71,12 @@ class Runner:
         launch: Launch = in_own_process,
         keep: bool = False,
         say: Callable[[str], None] = print,
+        pace: float = 1.0,
     ):
         self.store = CellStore(out)
         self.work = out / "work"
         self.runs = self.work / "runs"
-        self.launch, self.keep, self.say = launch, keep, say
+        self.launch, self.keep, self.say, self.pace = launch, keep, say, pace
         self._pretrained: set[str] = set()
 
     def run(
@@ -81,7 +108,46 @@ class Runner:
                 failed.append(name)
         return failed
 
-    def _cell(self, name: str, settings: dict[str, Any], told: dict[str, Any]) -> FinishedCell | None:
+    def measured_pace(
+        self, experiment: Experiment, scale: str, extra: Sequence[str] = (), steps: int | None = None
+    ) -> Pace:
+        """Trains the experiment's reference once more, for as many steps as the stored one took, or for ``steps``.
+
+        Raises UserError where there is no stored reference with a budget of seconds, and where a stage fails.
+        """
+        seed = experiment.scale(scale).seeds[0]
+        settings = experiment.settings(experiment.reference, scale, seed, extra)
+        stored = self.store.find(settings_hash(settings))
+        if stored is None:
+            raise UserError(
+                f"{self.store.folder}: no cell {experiment.reference} (seed {seed}, scale {scale}) of "
+                f"{experiment.name}; the pace is that of this machine beside the one that did it"
+            )
+        training = stored.metrics["training"]
+        if training["seconds"] is None:
+            raise UserError(f"{experiment.name} counts steps, not seconds: it needs no pace")
+        asked = training["steps"] if steps is None else min(steps, training["steps"])
+        settings["contextualize"] |= {"seconds": None, "steps": asked}
+        name = f"pace-{scale}-{experiment.reference}-s{seed}-{settings_hash(settings)}"
+        folder = self._prepared(name, settings)
+        if folder is None or self._userllm("contextualize", name, settings) != 0:
+            raise UserError("the pace is not known; what went wrong stands above")
+        took = read_object(folder / "stages.json", AGAIN)["contextualize"]["cpu_seconds"]
+        there = stored.told["stages"]["contextualize"]["cpu_seconds"] / stored.pace
+        if not self.keep:
+            shutil.rmtree(folder)
+        return Pace(asked, took, there * asked / training["steps"], str(stored.told["hardware"]))
+
+    def _paced(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """With the seconds of both stages for this machine."""
+        paced = copy.deepcopy(settings)
+        for stage in ("pretrain", "contextualize"):
+            if (paced.get(stage) or {}).get("seconds") is not None:
+                paced[stage]["seconds"] *= self.pace
+        return paced
+
+    def _prepared(self, name: str, settings: dict[str, Any]) -> Path | None:
+        """The run folder of that name with stage 1 done; None where it failed."""
         first = self._stage_1(settings)
         if first is None:
             return None
@@ -94,7 +160,14 @@ class Runner:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(first, partial, ignore=ignored)
             partial.rename(folder)
-        if self._userllm("evaluate", name, settings) != 0:
+        return folder
+
+    def _cell(self, name: str, settings: dict[str, Any], told: dict[str, Any]) -> FinishedCell | None:
+        paced = self._paced(settings)
+        folder = self._prepared(name, paced)
+        if folder is None:
+            return None
+        if self._userllm("evaluate", name, paced) != 0:
             return None
         metrics = read_object(folder / "metrics.json", AGAIN)
         told |= {
@@ -103,6 +176,7 @@ class Runner:
             "date": metrics["date"],
             "hardware": metrics["hardware"],
             "settings": settings,
+            "pace": 1.0 if paced == settings else self.pace,
             "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
             "stages": read_object(folder / "stages.json", AGAIN),
             "metrics": metrics,

@@ -227,15 +227,17 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
         "What it cost",
         "Means over seeds. Seconds of CPU time of each stage, all threads together (on an accelerator, of the host); "
         "examples drawn in stage 2, those without a right answer (an empty review) among them; perplexity of a general "
-        "English text read by the base LM, by the trained LM without a user, and with one.",
+        "English text read by the base LM, by the trained LM without a user, and with one. Pace: seconds that a slower "
+        "machine was given for one of the budget, by seed where they differ.",
         [
-            "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "evaluation, s", "LM tokens a prompt",
-            "peak memory, MB", "perplexity",
+            "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "pace", "evaluation, s",
+            "LM tokens a prompt", "peak memory, MB", "perplexity",
         ],
         folded=True,
     )  # fmt: skip
     for cell in in_groups(experiment, cells):
         seen = [one.metrics for one in cells[cell.name]]
+        paces = [one.pace for one in cells[cell.name]]
         read = _tokens(cells[cell.name])
         table.rows.append(
             [
@@ -243,16 +245,20 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
                 f"{average([sum(m['trainable'].values()) for m in seen]):,.0f}",
                 f"{average([m['training']['examples'] for m in seen]):,.0f}",
                 f"{average([m['training']['steps'] for m in seen]):,.0f}",
-                *(
-                    f"{average([m['cpu_s'][stage] for m in seen]):,.0f}"
-                    for stage in ("pretrain", "contextualize", "evaluate")
-                ),
+                _seconds(seen, "pretrain"),
+                _seconds(seen, "contextualize"),
+                NOTHING if set(paces) == {1.0} else ", ".join(f"{pace:g}" for pace in dict.fromkeys(paces)),
+                _seconds(seen, "evaluate"),
                 NOTHING if read is None else f"{read:,.0f}",
                 f"{average([m['peak_rss_mb'] for m in seen]):,.0f}",
                 _perplexity(seen),
             ]
         )
     return table.without_empty_columns()
+
+
+def _seconds(seen: Sequence[Mapping[str, Any]], stage: str) -> str:
+    return f"{average([metrics['cpu_s'][stage] for metrics in seen]):,.0f}"
 
 
 def in_groups(experiment: Experiment, cells: Cells) -> list[Cell]:
