@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import userllm
@@ -162,3 +163,17 @@ def test_the_public_names_are_there():
         assert getattr(userllm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = userllm.Nothing
+
+
+def test_two_runs_in_one_folder_do_not_get_into_each_others_way(finished, userllm, tmp_path):
+    """The second one is told so before it has written anything; a lock that nobody holds is none."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    shutil.copy(finished / "config.yaml", tmp_path)
+    before = (tmp_path / "runs/demo/config.yaml").read_text()
+    command = ("run", "config.yaml", "contextualize.steps=3")
+    with FileLock(tmp_path / "runs/demo/.lock"):
+        line = userllm(*command, cwd=tmp_path).error
+        assert "another run is at work in it" in line and "runs/demo" in line
+    assert (tmp_path / "runs/demo/config.yaml").read_text() == before
+    assert (tmp_path / "runs/demo/.lock").is_file()
+    assert userllm("pretrain", "config.yaml", cwd=tmp_path).code == 0

@@ -154,7 +154,9 @@ class Runner:
         folder = self.runs / name
         if not (folder / "stages.json").is_file():  # else it was interrupted, and goes on
             shutil.rmtree(folder, ignore_errors=True)
-            ignored = shutil.ignore_patterns("checkpoint-*", "best.safetensors", "tensorboard", "config.yaml")
+            ignored = shutil.ignore_patterns(
+                "checkpoint-*", "best.safetensors", "tensorboard", "config.yaml", ".lock"
+            )
             # half a copy must not pass for an interrupted run
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)

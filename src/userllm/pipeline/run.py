@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from userllm import processes
@@ -59,6 +61,9 @@ from userllm.training.sharding import kept, whole
 from userllm.training.strategy import apply_strategy, trainable_parameters
 from userllm.training.trainer import set_seed
 
+_SHORT = 2.0
+"""Seconds to wait for a run that is just ending in the same folder."""
+
 STAGES = ("data", "pretrain", "contextualize", "evaluate", "report")
 
 
@@ -87,21 +92,52 @@ class Run:
             torch.set_num_threads(config.threads)
         if processes.device().type == "cpu":
             keep_freed_memory()
-        file, text = self.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+    def through(self, last: str = "report") -> Path:
+        """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder.
+
+        Raises UserError for an unknown stage, and where another run is at work in the folder.
+        """
+        if last not in STAGES:
+            raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
+        with self._alone():
+            self._write_config()
+            self._go_through(last)
+        return self.folder
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two runs in one folder would overwrite each other's checkpoints. A killed one leaves no lock behind."""
+        lock = FileLock(self.folder / ".lock", timeout=_SHORT)
+
+        def take() -> None:
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(
+                    f"{self.folder}: another run is at work in it; wait for its end, or give this one another name "
+                    "(name=...)"
+                ) from None
+
+        processes.told(take)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _write_config(self) -> None:
+        file = self.folder / "config.yaml"
+        text = yaml.safe_dump(self.plain, sort_keys=False, allow_unicode=True)
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write(file, text)
 
-    def through(self, last: str = "report") -> Path:
-        """Do every stage up to and including ``last``; what is done already is skipped. Returns the run folder."""
-        if last not in STAGES:
-            raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
+    def _go_through(self, last: str) -> None:
         if STAGES.index(last) >= STAGES.index("contextualize"):
             # a language model that cannot be had is found out now, not after stage 1
             with processes.main_first():  # which downloads it, if need be
                 resolve(self.config.lm)
         for stage in STAGES[: STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
-        return self.folder
 
     # ---- stages ---------------------------------------------------------------------------------------------------
 
