@@ -51,7 +51,9 @@ def test_a_second_run_does_what_is_missing(userllm, store, tmp_path):
 def test_a_store_that_does_not_fit(userllm, store, finished, tmp_path):
     ask = ("recommend", "runs/demo", "--store", store)
     assert "no user '99'; users look like" in userllm(*ask, "--user", "99").error
-    assert "not the card of a store" in userllm(*ask[:3], tmp_path, "--user", "6").error
+    assert "no store of users; `userllm embed" in userllm(*ask[:3], tmp_path, "--user", "6").error
+    dataset = json.loads((finished / "runs/demo/dataset.json").read_text())["folder"]
+    assert "a dataset, no store of users" in userllm(*ask[:3], dataset, "--user", "6").error
     (tmp_path / "history.json").write_text("[]")
     assert "--store goes with --user" in userllm(*ask, "--history", tmp_path / "history.json").error
     assert (

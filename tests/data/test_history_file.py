@@ -41,6 +41,7 @@ def test_without_times_the_file_has_the_order(tmp_path):
             [{"item": "a", "ratings": 3}],
             "event 1: unknown field 'ratings'; an event may have item, time, rating",
         ),
+        ([{"itme": "a"}], "event 1: unknown field 'itme'; an event may have item, time, rating"),
         ([{"item": "a", "rating": [3]}], r"event 1: rating is \[3\]"),
     ],
 )

@@ -280,7 +280,7 @@ def test_another_dataset_and_other_settings_are_refused(make_user_llm, make_enco
         UserStore.read(tmp_path / "store", model)["nobody"]
     with pytest.raises(UserError, match="no user 'nobody'"):
         stored(model, cut(), tmp_path / "store", ["u3", "nobody"])
-    with pytest.raises(UserError, match="not the card of a store of users"):
+    with pytest.raises(UserError, match="nowhere: no store of users; `userllm embed"):
         UserStore.read(tmp_path / "nowhere")
     card = tmp_path / "store" / "card.json"
     card.write_text(card.read_text().replace('"format_version": 1', '"format_version": 9'))

@@ -47,15 +47,15 @@ def _event(entry: Any, where: str, fields: Sequence[str]) -> Event:
         raise UserError(
             f'{where}: expected an object such as {{"item": "Heat (1995)"}}, got {json.dumps(entry)[:40]}'
         )
+    if unknown := [name for name in entry if name not in ("item", "time", *fields)]:
+        known = ", ".join(["item", "time", *fields])
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; an event may have {known}")
     item = entry.get("item")
     if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
         raise UserError(f"{where}: item is {json.dumps(item)}, not an id or title")
     time = entry.get("time")
     if time is not None and (isinstance(time, bool) or not isinstance(time, int)):
         raise UserError(f"{where}: time is {json.dumps(time)}, not whole seconds since 1970")
-    if unknown := [name for name in entry if name not in ("item", "time", *fields)]:
-        known = ", ".join(["item", "time", *fields])
-        raise UserError(f"{where}: unknown field {unknown[0]!r}; an event may have {known}")
     values = {name: entry[name] for name in fields if entry.get(name) is not None}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 AGAIN = "run `userllm embed` again"
+_NO_STORE = "no store of users; `userllm embed MODEL --out STORE` makes one"
 BLOCK_USERS, BLOCK_BYTES = 1024, 1 << 26
 """Users and bytes of a file at most (at least one user): what an interruption can cost."""
 LEFT_BEHIND = 3600.0
@@ -112,8 +113,12 @@ class UserStore:
     def read(cls, folder: Path | str, model: UserLLM | None = None) -> UserStore:
         """The store in a folder. model: which will answer. Raises UserError where another one made the store."""
         file = Path(folder) / "card.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: {_NO_STORE}")
         try:
             raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if "tie_rule" in raw:
+                raise UserError(f"{folder}: a dataset, {_NO_STORE}")
             version = raw["format_version"]
             card = StoreCard(**raw) if version == FORMAT_VERSION else None
         except (OSError, ValueError, KeyError, TypeError) as error:
