@@ -1,6 +1,7 @@
 """``data prepare table`` and ``data append`` from the command line, from YAML and within a run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from userllm.cli.configuration import load_config
 from userllm.data import Dataset
 from userllm.errors import UserError
 
+CONFIG = Path(__file__).parents[2] / "configs" / "own-table.yaml"
 SPEC = {
     "path": ["log*.csv"], "user": "who", "item": "what", "time": "when", "fields": ["stars:number"],
     "text": ["words"], "items": {"path": ["items.jsonl"], "key": "id", "title": "name", "category": "kind"},
@@ -138,3 +140,41 @@ def test_a_run_prepares_a_table(userllm, folder, finished):
     assert "24 events" in said.out
     with pytest.raises(UserError, match="give the files of your table"):
         load_config(folder / "config.yaml", ["data.table.path=[]"])
+
+
+SMALL = [
+    "encoder={layers: 1, width: 16, heads: 2, feed_forward: 32, item_width: 16, field_width: 4, max_length: 12}",
+    "pretrain.epochs=1", "lm.name=tiny-random-llama", "fusion.layers=last:1",
+    "fusion.cross_attention={heads: 2, head_width: 8}", "contextualize.steps=2", "contextualize.histories=2",
+    "evaluation.beams=4", "evaluation.list_length=4", "evaluation.knowledge_tokens=32",
+]  # fmt: skip
+
+
+def test_the_shipped_configuration_for_a_table_of_ones_own(userllm, tmp_path):
+    """As it is shipped, but for the model's size: two plain files with the columns it names."""
+    rows = [f"u{n % 5},i{(n * n + n // 5) % 9},{n}" for n in range(60)]
+    (tmp_path / "events.csv").write_text("\n".join(["user,item,time", *rows]))
+    items = [f"i{n},Thing {n},{'tools' if n % 2 else 'toys'}" for n in range(9)]
+    (tmp_path / "items.csv").write_text("\n".join(["item,title,category", *items]))
+    said = userllm("run", CONFIG, *SMALL, cwd=tmp_path)
+    assert said.code == 0, said.err
+    metrics = json.loads((tmp_path / "runs" / "own-table" / "metrics.json").read_text())
+    assert metrics["dataset"]["users"] == 5 and set(metrics["tasks"]) == {"next_item", "favorite_category"}
+    asked = userllm("recommend", "runs/own-table", "--user", "u1", cwd=tmp_path)
+    assert asked.code == 0 and "Thing " in asked.out
+
+
+def test_the_shipped_configuration_without_its_files(userllm, tmp_path):
+    assert "events.csv" in userllm("run", CONFIG, *SMALL, cwd=tmp_path).error
+
+
+def test_the_shipped_configuration_without_items(userllm, tmp_path):
+    """What its comments say is to be left out."""
+    rows = [f"u{n % 5},i{(n * n + n // 5) % 9},{n}" for n in range(60)]
+    (tmp_path / "events.csv").write_text("\n".join(["user,item,time", *rows]))
+    plain = yaml.safe_load(CONFIG.read_text())
+    del plain["data"]["table"]["items"], plain["tasks"]["favorite_category"]
+    plain["data"]["fields"] = ["item"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(plain))
+    said = userllm("run", "mine.yaml", *SMALL, cwd=tmp_path)
+    assert said.code == 0, said.err
