@@ -207,10 +207,10 @@ def test_every_experiment(tmp_path, capsys):
 
 def test_a_slower_machine_is_given_more_seconds_and_says_so(done, tmp_path):
     shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
-    runner = Runner(tmp_path, main, say=lambda _: None, pace=1.5)
+    runner = Runner(tmp_path, main, say=lambda _: None, pace=(1.5, 1.5))
     assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
     cell = CellStore(tmp_path).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
-    assert cell is not None and cell.pace == 1.5
+    assert cell is not None and cell.pace == (1.5, 1.5)
     assert cell.told["settings"]["contextualize"]["seconds"] == 0.2
     assert cell.told["config"]["contextualize"]["seconds"] == pytest.approx(0.3)
     assert cell.metrics["training"]["seconds"] >= 0.3
@@ -227,7 +227,7 @@ def test_the_pace_is_what_the_steps_of_the_reference_take(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "out")
     runner = Runner(tmp_path / "out", main, say=lambda _: None)
     reference = CellStore(done[0]).find(settings_hash(FAMILY.settings("reference", "smoke", 0, QUICK)))
-    assert reference is not None and reference.pace == 1
+    assert reference is not None and reference.pace == (1, 1)
     steps = reference.metrics["training"]["steps"]
     whole = runner.measured_pace(FAMILY, "smoke", QUICK)
     assert whole.steps == steps and whole.here > 0
@@ -237,6 +237,21 @@ def test_the_pace_is_what_the_steps_of_the_reference_take(done, tmp_path):
     assert (one.steps, one.there) == (1, pytest.approx(whole.there / steps))
     left = {path.name.split("-")[0] for path in (tmp_path / "out" / "work" / "runs").iterdir()}
     assert left == {"stage1"}
+    assert runner.measured_pace(FAMILY, "smoke", QUICK, steps=1, cell="proj").factor > 0
+
+
+def test_the_stages_may_have_paces_of_their_own(done, tmp_path):
+    told = CellStore(done[0]).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
+    assert told is not None and told.pace == (1, 1)
+    shutil.copytree(done[0] / "cells", tmp_path / "cells")
+    file = tmp_path / "cells" / told.file.name
+    for pace, says in (
+        ([1.0, 2.5], "given 1 times the seconds of stage 1 and 2.5 times those"),
+        (2.5, "given 2.5 times"),
+    ):
+        file.write_text(json.dumps(told.told | {"pace": pace}))
+        page = write_experiment_report(FAMILY, "smoke", tmp_path, extra=QUICK).with_suffix(".md")
+        assert says in page.read_text("utf-8")
 
 
 def test_a_pace_needs_a_stored_reference_of_so_many_seconds(done, tmp_path):
@@ -245,7 +260,7 @@ def test_a_pace_needs_a_stored_reference_of_so_many_seconds(done, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "why"), [(["--pace", "0"], "--pace is 0"), (["--pace", "nan"], "--pace is nan")]
+    ("said", "why"), [(["--pace", "0"], "--pace is 0"), (["--pace", "1", "nan"], "--pace is 1 nan")]
 )
 def test_a_pace_that_cannot_be_is_refused(said, why, tmp_path, capsys):
     assert main(["experiments", "run", "family", "--out", str(tmp_path), *said]) == 2

@@ -31,8 +31,9 @@ PACE_NOTE = (
     + """
 An experiment whose cells have equal time is done on like machines, or on a slower one at its pace: the CPU seconds it
 needs for the steps of the reference that is stored in DIR/cells, to those that the other one needed. It trains that
-reference once more to know. Then `userllm experiments run NAME --pace N` gives both stages of every cell N times
-their seconds; the report says so.
+reference once more to know, or another cell: rows that train the language model may have a pace of their own. Then
+`userllm experiments run NAME --pace N` gives both stages of every cell N times their seconds, and `--pace N M` stage 1
+N times and stage 2 M times; the report says so.
 """
 )
 REPORT_NOTE = (
@@ -59,19 +60,21 @@ def add_parser(commands: Any) -> None:
     running.add_argument("--keep", action="store_true", help="keep the run folders, models included")
     running.add_argument(
         "--pace",
+        nargs="+",
         type=float,
-        default=1.0,
+        default=[1.0],
         metavar="N",
         help="give the stages of each cell N times their seconds, since this machine is so much slower than the "
-        "one that did the stored cells (see `userllm experiments pace`)",
+        "one that did the stored cells (see `userllm experiments pace`); two numbers: stage 1 and stage 2",
     )
     running.set_defaults(command=run)
     pacing = add_command(
         actions, "pace", "measure how much slower this machine is than that of the stored cells", PACE_NOTE
     )
     pacing.add_argument("name", metavar="NAME", help="the experiment")
+    pacing.add_argument("--cell", metavar="CELL", help="a stored cell (default: the reference)")
     pacing.add_argument(
-        "--steps", type=int, metavar="N", help="train N steps only (default: all the stored reference took)"
+        "--steps", type=int, metavar="N", help="train N steps only (default: all the stored cell took)"
     )
     pacing.set_defaults(command=pace)
     reporting = add_command(actions, "report", "write the tables and verdicts of what is stored", REPORT_NOTE)
@@ -129,10 +132,10 @@ def run(arguments: argparse.Namespace) -> None:
     from userllm.experiments.definition import experiment_names, load_experiment
     from userllm.experiments.runner import Runner, in_own_process
 
-    if not 0 < arguments.pace < float("inf"):
-        raise UserError(
-            f"--pace is {arguments.pace:g}; it must be above 0, and 1 is the stored cells' machine"
-        )
+    if len(arguments.pace) > 2 or not all(0 < pace < float("inf") for pace in arguments.pace):
+        said = " ".join(f"{pace:g}" for pace in arguments.pace)
+        raise UserError(f"--pace is {said}; give one number above 0, or one for each of the two stages")
+    first, second = arguments.pace[0], arguments.pace[-1]
     names = arguments.names
     if names == ["all"]:
         names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
@@ -142,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
         checked_config(settings, f"{experiment.name}, cell {cell.name}")
     launch = _in_this_process if arguments.scale == "smoke" else in_own_process
-    runner = Runner(arguments.out, launch, keep=arguments.keep, pace=arguments.pace)
+    runner = Runner(arguments.out, launch, keep=arguments.keep, pace=(first, second))
     failed = [
         name
         for experiment in experiments
@@ -162,10 +165,11 @@ def pace(arguments: argparse.Namespace) -> None:
     launch = _in_this_process if arguments.scale == "smoke" else in_own_process
     experiment = load_experiment(arguments.name)
     measured = Runner(arguments.out, launch).measured_pace(
-        experiment, arguments.scale, arguments.set, arguments.steps
+        experiment, arguments.scale, arguments.set, arguments.steps, arguments.cell
     )
     print(
-        f"{experiment.name}, {experiment.reference}: stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "
+        f"{experiment.name}, {arguments.cell or experiment.reference}: "
+        f"stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "
         f"seconds here and {measured.there:,.0f} on {measured.hardware}\n--pace {measured.factor:.2f}"
     )
 

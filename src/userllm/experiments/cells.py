@@ -44,9 +44,12 @@ class FinishedCell:
         return int(self.told["settings"]["seed"])
 
     @property
-    def pace(self) -> float:
-        """Seconds of its machine for one second of the budget; cells of before this was told had 1."""
-        return float(self.told.get("pace", 1.0))
+    def pace(self) -> tuple[float, float]:
+        """Seconds of its machine for one second of the budgets of stage 1 and 2. Cells tell two numbers, or one for
+        both stages; older ones tell none and had 1."""
+        told = self.told.get("pace", 1.0)
+        first, second = told if isinstance(told, list) else (told, told)
+        return first, second
 
     def per_user(self) -> pl.DataFrame:
         """task, user, system, and a column per number there is of a user's answer: rank, log_likelihood, and what is

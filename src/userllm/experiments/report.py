@@ -332,7 +332,11 @@ def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
 
 
 def _hardware(cell: FinishedCell) -> str:
-    paced = "" if cell.pace == 1 else f", given {cell.pace:g} times the seconds"
+    first, second = cell.pace
+    if first == second:
+        paced = "" if first == 1 else f", given {first:g} times the seconds"
+    else:
+        paced = f", given {first:g} times the seconds of stage 1 and {second:g} times those of stage 2"
     return f"{cell.told['hardware']}{paced}"
 
 

@@ -36,11 +36,11 @@ class Pace:
     """How long this machine takes for work that another one did."""
 
     steps: int
-    """Training steps of the reference's stage 2."""
+    """Training steps of the cell's stage 2."""
     here: float
     """CPU seconds of this machine."""
     there: float
-    """CPU seconds of the machine that did the stored reference."""
+    """CPU seconds of the machine that did the stored cell."""
     hardware: str
     """That machine."""
 
@@ -61,8 +61,9 @@ def in_own_process(arguments: list[str]) -> int:
 class Runner:
     """Runs cells into ``out``. keep: leave the run folders, models included, where they are.
 
-    pace: seconds of this machine for one second of an experiment's budgets, so that rows of machines of unlike speed
-    had the same training; see ``measured_pace``. A cell goes by its settings without it, and tells it.
+    pace: seconds of this machine for one second of an experiment's budgets of stage 1 and of stage 2, so that rows of
+    machines of unlike speed had the same training; see ``measured_pace``. A cell goes by its settings without it,
+    and tells it.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Runner:
         launch: Launch = in_own_process,
         keep: bool = False,
         say: Callable[[str], None] = print,
-        pace: float = 1.0,
+        pace: tuple[float, float] = (1.0, 1.0),
     ):
         self.store = CellStore(out)
         self.work = out / "work"
@@ -109,18 +110,25 @@ class Runner:
         return failed
 
     def measured_pace(
-        self, experiment: Experiment, scale: str, extra: Sequence[str] = (), steps: int | None = None
+        self,
+        experiment: Experiment,
+        scale: str,
+        extra: Sequence[str] = (),
+        steps: int | None = None,
+        cell: str | None = None,
     ) -> Pace:
-        """Trains the experiment's reference once more, for as many steps as the stored one took, or for ``steps``.
+        """Does stage 2 of a stored cell once more, for as many steps as it took there, or for ``steps``.
 
-        Raises UserError where there is no stored reference with a budget of seconds, and where a stage fails.
+        cell: the reference if None. Not all work slows down alike: rows that train the LM have a pace of their own.
+        Raises UserError where no such cell with a budget of seconds is stored, and where a stage fails.
         """
+        cell = cell or experiment.reference
         seed = experiment.scale(scale).seeds[0]
-        settings = experiment.settings(experiment.reference, scale, seed, extra)
+        settings = experiment.settings(cell, scale, seed, extra)
         stored = self.store.find(settings_hash(settings))
         if stored is None:
             raise UserError(
-                f"{self.store.folder}: no cell {experiment.reference} (seed {seed}, scale {scale}) of "
+                f"{self.store.folder}: no cell {cell} (seed {seed}, scale {scale}) of "
                 f"{experiment.name}; the pace is that of this machine beside the one that did it"
             )
         training = stored.metrics["training"]
@@ -128,12 +136,12 @@ class Runner:
             raise UserError(f"{experiment.name} counts steps, not seconds: it needs no pace")
         asked = training["steps"] if steps is None else min(steps, training["steps"])
         settings["contextualize"] |= {"seconds": None, "steps": asked}
-        name = f"pace-{scale}-{experiment.reference}-s{seed}-{settings_hash(settings)}"
+        name = f"pace-{scale}-{cell}-s{seed}-{settings_hash(settings)}"
         folder = self._prepared(name, settings)
         if folder is None or self._userllm("contextualize", name, settings) != 0:
             raise UserError("the pace is not known; what went wrong stands above")
         took = read_object(folder / "stages.json", AGAIN)["contextualize"]["cpu_seconds"]
-        there = stored.told["stages"]["contextualize"]["cpu_seconds"] / stored.pace
+        there = stored.told["stages"]["contextualize"]["cpu_seconds"] / stored.pace[1]
         if not self.keep:
             shutil.rmtree(folder)
         return Pace(asked, took, there * asked / training["steps"], str(stored.told["hardware"]))
@@ -141,9 +149,9 @@ class Runner:
     def _paced(self, settings: dict[str, Any]) -> dict[str, Any]:
         """With the seconds of both stages for this machine."""
         paced = copy.deepcopy(settings)
-        for stage in ("pretrain", "contextualize"):
+        for stage, pace in zip(("pretrain", "contextualize"), self.pace, strict=True):
             if (paced.get(stage) or {}).get("seconds") is not None:
-                paced[stage]["seconds"] *= self.pace
+                paced[stage]["seconds"] *= pace
         return paced
 
     def _prepared(self, name: str, settings: dict[str, Any]) -> Path | None:
@@ -178,7 +186,7 @@ class Runner:
             "date": metrics["date"],
             "hardware": metrics["hardware"],
             "settings": settings,
-            "pace": 1.0 if paced == settings else self.pace,
+            "pace": [1.0, 1.0] if paced == settings else list(self.pace),
             "config": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
             "stages": read_object(folder / "stages.json", AGAIN),
             "metrics": metrics,

@@ -228,7 +228,7 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
         "Means over seeds. Seconds of CPU time of each stage, all threads together (on an accelerator, of the host); "
         "examples drawn in stage 2, those without a right answer (an empty review) among them; perplexity of a general "
         "English text read by the base LM, by the trained LM without a user, and with one. Pace: seconds that a slower "
-        "machine was given for one of the budget, by seed where they differ.",
+        "machine was given for one of the budget of stage 2, by seed where they differ.",
         [
             "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "pace", "evaluation, s",
             "LM tokens a prompt", "peak memory, MB", "perplexity",
@@ -237,7 +237,7 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
     )  # fmt: skip
     for cell in in_groups(experiment, cells):
         seen = [one.metrics for one in cells[cell.name]]
-        paces = [one.pace for one in cells[cell.name]]
+        paces = [one.pace[1] for one in cells[cell.name]]
         read = _tokens(cells[cell.name])
         table.rows.append(
             [
