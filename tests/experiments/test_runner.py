@@ -274,3 +274,14 @@ def test_the_pace_as_a_command(done, tmp_path, capsys):
     assert "family, reference: stage 2 of 1 steps took" in (said := capsys.readouterr().out)
     assert float(said.split("--pace ")[1]) > 0
     assert main([*command, "--steps", "0"]) == 2
+
+
+def test_without_a_pace_the_shared_stage_keeps_its_name(tmp_path):
+    """Whole seconds stay whole, so that a stage 1 that lies there is found."""
+    settings = FAMILY.settings("proj", "cpu", 0)
+    calls = []
+    Runner(tmp_path, lambda arguments: calls.append(arguments) or 1, say=lambda _: None).run(
+        FAMILY, "cpu", only=["proj"]
+    )
+    mine = {key: settings[key] for key in ("data", "split", "encoder", "pretrain", "seed") if key in settings}
+    assert calls[0][1].endswith(f"stage1-{settings_hash(mine)}.yaml")

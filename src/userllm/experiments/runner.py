@@ -150,7 +150,8 @@ class Runner:
         """With the seconds of both stages for this machine."""
         paced = copy.deepcopy(settings)
         for stage, pace in zip(("pretrain", "contextualize"), self.pace, strict=True):
-            if (paced.get(stage) or {}).get("seconds") is not None:
+            # at pace 1 what was asked for stays as written: 150 and 150.0 have unlike hashes
+            if pace != 1 and (paced.get(stage) or {}).get("seconds") is not None:
                 paced[stage]["seconds"] *= pace
         return paced
 
