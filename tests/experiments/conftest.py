@@ -23,7 +23,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]
         return main(arguments)
 
     runner = Runner(out, launch)
-    failed = runner.run(load_experiment("family"), "smoke", only=["reference", "proj"], extra=QUICK)
+    failed = runner.run([load_experiment("family")], "smoke", only=["reference", "proj"], extra=QUICK)
     assert failed == []
     return out, calls
 
@@ -33,6 +33,6 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two cells whose models write texts."""
     out = tmp_path_factory.mktemp("reviews")
     runner = Runner(out, main)
-    failed = runner.run(load_experiment("reviews"), "smoke", only=["reference", "full"], extra=QUICK)
+    failed = runner.run([load_experiment("reviews")], "smoke", only=["reference", "full"], extra=QUICK)
     assert failed == []
     return out

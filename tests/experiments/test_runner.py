@@ -60,7 +60,7 @@ def test_run_folders_go_and_shared_stages_stay(done):
 def test_what_is_done_is_not_done_again(done):
     calls = []
     runner = Runner(done[0], lambda arguments: calls.append(arguments) or 1)
-    assert runner.run(FAMILY, "smoke", only=["reference", "proj"], extra=QUICK) == []
+    assert runner.run([FAMILY], "smoke", only=["reference", "proj"], extra=QUICK) == []
     assert calls == []
 
 
@@ -71,7 +71,7 @@ def test_other_data_is_not_taken_for_done(done, tmp_path):
     prepare_synthetic_reviews(tmp_path / "mine")
     runner = Runner(done[0], lambda _: 1)
     with pytest.raises(UserError, match=r"smoke-proj.*was run on synthetic.*and data.folder .*mine holds"):
-        runner.run(FAMILY, "smoke", only=["proj"], extra=[*QUICK, f"data.folder={tmp_path / 'mine'}"])
+        runner.run([FAMILY], "smoke", only=["proj"], extra=[*QUICK, f"data.folder={tmp_path / 'mine'}"])
 
 
 def test_half_a_copy_of_the_shared_stage_is_not_gone_on_with(done, tmp_path, monkeypatch):
@@ -86,8 +86,8 @@ def test_half_a_copy_of_the_shared_stage_is_not_gone_on_with(done, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK)
-    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+            runner.run([FAMILY], "smoke", only=["proj"], extra=QUICK)
+    assert runner.run([FAMILY], "smoke", only=["proj"], extra=QUICK) == []
 
 
 def test_cells_merge_by_copying(done, tmp_path):
@@ -95,7 +95,7 @@ def test_cells_merge_by_copying(done, tmp_path):
         (tmp_path / "cells").mkdir(exist_ok=True)
         shutil.copy(file, tmp_path / "cells")
     runner = Runner(tmp_path, lambda _: 1)
-    failed = runner.run(FAMILY, "smoke", only=["reference", "proj"], extra=QUICK)
+    failed = runner.run([FAMILY], "smoke", only=["reference", "proj"], extra=QUICK)
     assert [name.split("-")[1] for name in failed] == ["reference"]
 
 
@@ -109,7 +109,7 @@ def test_a_cell_that_fails_costs_the_others_nothing(done, tmp_path):
 
     shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
     runner = Runner(tmp_path, launch, keep=True)
-    failed = runner.run(FAMILY, "smoke", only=["proj", "reference"], extra=QUICK)
+    failed = runner.run([FAMILY], "smoke", only=["proj", "reference"], extra=QUICK)
     assert [name.split("-")[1] for name in failed] == ["proj"]
     assert commands(calls) == ["pretrain", "evaluate", "evaluate"]  # which finds it done
     assert len(list((tmp_path / "cells").glob("*.json"))) == 1
@@ -124,7 +124,7 @@ def test_a_shared_stage_of_another_version_is_done_again_for_all(done, tmp_path)
     records["pretrain"]["settings"] = "what another version would call them"
     shared.write_text(json.dumps(records))
     runner = Runner(tmp_path, main, keep=True)
-    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+    assert runner.run([FAMILY], "smoke", only=["proj"], extra=QUICK) == []
     again = json.loads(shared.read_text())["pretrain"]
     cell = next((tmp_path / "work" / "runs").glob("smoke-proj-*/stages.json"))
     assert again["settings"] != records["pretrain"]["settings"]
@@ -136,7 +136,7 @@ def test_a_damaged_cell_is_named(done, tmp_path):
     file = next((tmp_path / "cells").glob("smoke-proj-*.json"))
     file.write_text("{")
     with pytest.raises(UserError, match=file.name):
-        Runner(tmp_path, lambda _: 1).run(FAMILY, "smoke", only=["proj"], extra=QUICK)
+        Runner(tmp_path, lambda _: 1).run([FAMILY], "smoke", only=["proj"], extra=QUICK)
 
 
 def test_the_list_counts_cells(done, capsys):
@@ -208,7 +208,7 @@ def test_every_experiment(tmp_path, capsys):
 def test_a_slower_machine_is_given_more_seconds_and_says_so(done, tmp_path):
     shutil.copytree(done[0] / "work" / "runs", tmp_path / "work" / "runs")
     runner = Runner(tmp_path, main, say=lambda _: None, pace=(1.5, 1.5))
-    assert runner.run(FAMILY, "smoke", only=["proj"], extra=QUICK) == []
+    assert runner.run([FAMILY], "smoke", only=["proj"], extra=QUICK) == []
     cell = CellStore(tmp_path).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
     assert cell is not None and cell.pace == (1.5, 1.5)
     assert cell.told["settings"]["contextualize"]["seconds"] == 0.2
@@ -281,7 +281,52 @@ def test_without_a_pace_the_shared_stage_keeps_its_name(tmp_path):
     settings = FAMILY.settings("proj", "cpu", 0)
     calls = []
     Runner(tmp_path, lambda arguments: calls.append(arguments) or 1, say=lambda _: None).run(
-        FAMILY, "cpu", only=["proj"]
+        [FAMILY], "cpu", only=["proj"]
     )
     mine = {key: settings[key] for key in ("data", "split", "encoder", "pretrain", "seed") if key in settings}
     assert calls[0][1].endswith(f"stage1-{settings_hash(mine)}.yaml")
+
+
+def test_several_cells_at_a_time_share_one_stage_1(tmp_path):
+    """Each cell in a process of its own: the results are those of one after the other."""
+    said = []
+    runner = Runner(tmp_path, lambda _: 1, say=said.append, jobs=3)
+    steps = [*QUICK, "contextualize.seconds=null", "contextualize.steps=2", "pretrain.seconds=null"]
+    steps += ["pretrain.epochs=1", "evaluation.users=4"]
+    both = [FAMILY, load_experiment("integration")]
+    assert runner.run(both, "smoke", only=["reference", "proj"], extra=steps) == []
+    assert len(said) == 2  # the experiments share them
+    cells = [
+        CellStore(tmp_path).find(settings_hash(FAMILY.settings(cell, "smoke", 0, steps)))
+        for cell in ("reference", "proj")
+    ]
+    assert all(cell is not None for cell in cells)
+    logs = {file.name.split("-")[0] for file in (tmp_path / "work").glob("*.log")}
+    assert logs == {"stage1", "smoke"}
+    [first] = (tmp_path / "work").glob("stage1-*.log")
+    assert first.read_text().count("done before") == 0
+    one = Runner(tmp_path / "one", main, say=said.append)
+    assert one.run([FAMILY], "smoke", only=["proj"], extra=steps) == []
+    alone = CellStore(tmp_path / "one").find(settings_hash(FAMILY.settings("proj", "smoke", 0, steps)))
+    assert alone.metrics["tasks"] == cells[1].metrics["tasks"]
+
+
+def test_of_several_at_a_time_one_may_fail(tmp_path):
+    said = []
+    runner = Runner(tmp_path, main, say=said.append, jobs=2)
+    bad = [
+        *QUICK,
+        "pretrain=null",
+        "evaluation.users=4",
+        "contextualize.seconds=null",
+        "contextualize.steps=0",
+    ]
+    failed = runner.run([FAMILY], "smoke", only=["reference"], extra=bad)
+    assert len(failed) == 1 and "failed (see " in said[-1]
+    [log] = (tmp_path / "work").glob("smoke-reference-*.log")
+    assert "contextualize.steps is 0" in log.read_text()
+
+
+def test_jobs_that_cannot_be_are_refused(tmp_path, capsys):
+    assert main(["experiments", "run", "family", "--out", str(tmp_path), "--jobs", "0"]) == 2
+    assert "--jobs is 0" in capsys.readouterr().err

@@ -23,7 +23,7 @@ RUN_NOTE = (
 NAME is one of `userllm experiments list`, or a YAML file of your own; "all" is every one of the list. A cell that is
 stored is not done again, a run that is killed loses the cell it was at. Cells go to DIR/cells: copy those of several
 machines into one folder and they are one result. --set changes every cell, and the report has to be asked for with the
-same --set. At scale smoke the cells run in this process, at the others each in its own.
+same --set. At scale smoke the cells run in this process, at the others and with --jobs each in its own.
 """
 )
 PACE_NOTE = (
@@ -66,6 +66,13 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="give the stages of each cell N times their seconds, since this machine is so much slower than the "
         "one that did the stored cells (see `userllm experiments pace`); two numbers: stage 1 and stage 2",
+    )
+    running.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells at a time, each with its output in DIR/work/CELL.log; they share the machine, and its GPU",
     )
     running.set_defaults(command=run)
     pacing = add_command(
@@ -135,6 +142,8 @@ def run(arguments: argparse.Namespace) -> None:
     if len(arguments.pace) > 2 or not all(0 < pace < float("inf") for pace in arguments.pace):
         said = " ".join(f"{pace:g}" for pace in arguments.pace)
         raise UserError(f"--pace is {said}; give one number above 0, or one for each of the two stages")
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs is {arguments.jobs}; it must be at least 1")
     first, second = arguments.pace[0], arguments.pace[-1]
     names = arguments.names
     if names == ["all"]:
@@ -144,13 +153,15 @@ def run(arguments: argparse.Namespace) -> None:
         cell = experiment.cell((arguments.only or [*experiment.cells])[0])
         settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
         checked_config(settings, f"{experiment.name}, cell {cell.name}")
-    launch = _in_this_process if arguments.scale == "smoke" else in_own_process
-    runner = Runner(arguments.out, launch, keep=arguments.keep, pace=(first, second))
-    failed = [
-        name
-        for experiment in experiments
-        for name in runner.run(experiment, arguments.scale, arguments.seeds, arguments.only, arguments.set)
-    ]
+    alone = arguments.scale == "smoke" and arguments.jobs == 1
+    runner = Runner(
+        arguments.out,
+        _in_this_process if alone else in_own_process,
+        keep=arguments.keep,
+        pace=(first, second),
+        jobs=arguments.jobs,
+    )
+    failed = runner.run(experiments, arguments.scale, arguments.seeds, arguments.only, arguments.set)
     if failed:
         raise UserError(f"{len(failed)} cells failed: {', '.join(failed)}; what they said stands above")
 

@@ -1,8 +1,9 @@
-"""Does an experiment's missing cells, one after the other, each in a process of its own.
+"""Does experiments' missing cells, one after the other or several at a time, each in a process of its own.
 
 A cell is an ordinary run: its configuration is written to OUT/work/<cell>.yaml and given to ``userllm evaluate``. One
 that crashes costs the others nothing, and its memory is given back. Cells with equal data, split, encoder, pretraining
-and seed share one stage 1, done once in OUT/work/runs/stage1-<hash> and copied into each run folder.
+and seed share one stage 1, done once in OUT/work/runs/stage1-<hash> and copied into each run folder; who comes while
+it is being done waits for it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from userllm.data.card import DatasetCard
 from userllm.errors import UserError
@@ -29,6 +33,18 @@ from userllm.report.record import SHOWN_TEXTS
 
 Launch = Callable[[list[str]], int]
 """Runs ``userllm`` with these arguments; returns the exit status."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A cell to be done."""
+
+    name: str
+    settings: dict[str, Any]
+    told: dict[str, Any]
+    """Experiment, cell and scale that first asked for it."""
+    where: str
+    """For messages."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +69,21 @@ class Pace:
 _STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
 
 
-def in_own_process(arguments: list[str]) -> int:
-    """``userllm ARGUMENTS`` as a process of its own, with this one's standard streams."""
-    return subprocess.run([sys.executable, "-m", "userllm", *arguments], check=False).returncode
+def in_own_process(arguments: list[str], output: Path | None = None) -> int:
+    """``userllm ARGUMENTS`` as a process of its own. output: what it says is added to this file; to this process's
+    standard streams if None."""
+    command = [sys.executable, "-m", "userllm", *arguments]
+    if output is None:
+        return subprocess.run(command, check=False).returncode
+    with output.open("ab") as file:
+        return subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
 
 
 class Runner:
     """Runs cells into ``out``. keep: leave the run folders, models included, where they are.
+
+    jobs: cells at a time; of more than one each is a process with its output in OUT/work/<cell>.log, whatever ``launch``
+    is. Meant for budgets of steps or CPU seconds: a second on an accelerator that is shared holds less work.
 
     pace: seconds of this machine for one second of an experiment's budgets of stage 1 and of stage 2, so that rows of
     machines of unlike speed had the same training; see ``measured_pace``. A cell goes by its settings without it,
@@ -73,41 +97,56 @@ class Runner:
         keep: bool = False,
         say: Callable[[str], None] = print,
         pace: tuple[float, float] = (1.0, 1.0),
+        jobs: int = 1,
     ):
         self.store = CellStore(out)
         self.work = out / "work"
         self.runs = self.work / "runs"
-        self.launch, self.keep, self.say, self.pace = launch, keep, say, pace
+        self.launch, self.keep, self.say, self.pace, self.jobs = launch, keep, say, pace, jobs
         self._pretrained: set[str] = set()
 
     def run(
         self,
-        experiment: Experiment,
+        experiments: Sequence[Experiment],
         scale: str,
         seeds: Sequence[int] | None = None,
         only: Sequence[str] | None = None,
         extra: Sequence[str] = (),
     ) -> list[str]:
         """Do what is missing; returns the names of the cells that failed. only: these cells. extra: more settings."""
-        cells = [experiment.cell(name).name for name in only or experiment.cells]
-        wanted = [(cell, seed) for seed in seeds or experiment.scale(scale).seeds for cell in cells]
-        failed = []
-        for number, (cell, seed) in enumerate(wanted, 1):
-            settings = experiment.settings(cell, scale, seed, extra)
-            name = f"{scale}-{cell}-s{seed}-{settings_hash(settings)}"
-            where = f"{experiment.name} {number}/{len(wanted)}: {name}"
-            stored = self.store.find(settings_hash(settings))
-            if stored is not None:
-                self.say(f"{where}: done before on {_same_data(stored, settings)}, skipped")
-                continue
-            self.say(where)
-            if (
-                self._cell(name, settings, {"experiment": experiment.name, "cell": cell, "scale": scale})
-                is None
-            ):
-                self.say(f"{where}: failed; the other cells go on")
-                failed.append(name)
-        return failed
+        missing: dict[str, _Wanted] = {}  # by hash: experiments share cells
+        for experiment in experiments:
+            cells = [experiment.cell(name).name for name in only or experiment.cells]
+            pairs = [(cell, seed) for seed in seeds or experiment.scale(scale).seeds for cell in cells]
+            for number, (cell, seed) in enumerate(pairs, 1):
+                settings = experiment.settings(cell, scale, seed, extra)
+                digest = settings_hash(settings)
+                name = f"{scale}-{cell}-s{seed}-{digest}"
+                where = f"{experiment.name} {number}/{len(pairs)}: {name}"
+                if (stored := self.store.find(digest)) is not None:
+                    self.say(f"{where}: done before on {_same_data(stored, settings)}, skipped")
+                    continue
+                told = {"experiment": experiment.name, "cell": cell, "scale": scale}
+                missing.setdefault(digest, _Wanted(name, settings, told, where))
+        if self.jobs == 1:
+            done = [self._done(one) for one in missing.values()]
+        else:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    done = list(pool.map(self._done, missing.values()))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # those that run get the signal themselves
+                    raise
+        return [one.name for one, stored in zip(missing.values(), done, strict=True) if not stored]
+
+    def _done(self, wanted: _Wanted) -> bool:
+        """Do a cell; whether it is stored."""
+        self.say(wanted.where)
+        if self._cell(wanted.name, wanted.settings, wanted.told) is not None:
+            return True
+        log = f" (see {self._log(wanted.name)})" if self.jobs > 1 else ""
+        self.say(f"{wanted.where}: failed{log}; the other cells go on")
+        return False
 
     def measured_pace(
         self,
@@ -205,20 +244,29 @@ class Runner:
             keys.append("lm")  # its item table begins with the language model's embeddings
         mine = {key: settings[key] for key in keys if key in settings}
         name = f"stage1-{settings_hash(mine)}"
-        if name not in self._pretrained:
-            # asked for even where it lies there: it may be half done, or another version's that cannot be taken over
-            shared = mine | {key: settings[key] for key in ("threads", "lm") if key in settings}
-            if self._userllm("pretrain", name, shared) != 0:
-                return None
-            self._pretrained.add(name)
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / f"{name}.lock"):  # another cell, or another runner, may be at it
+            if name not in self._pretrained:
+                # asked for even where it lies there: it may be half done, or another version's that cannot be taken
+                # over
+                shared = mine | {key: settings[key] for key in ("threads", "lm") if key in settings}
+                if self._userllm("pretrain", name, shared) != 0:
+                    return None
+                self._pretrained.add(name)
         return self.runs / name
+
+    def _log(self, name: str) -> Path:
+        return self.work / f"{name}.log"
 
     def _userllm(self, command: str, name: str, settings: dict[str, Any]) -> int:
         self.work.mkdir(parents=True, exist_ok=True)
         file = self.work / f"{name}.yaml"
         text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
         file.write_text(text, encoding="utf-8")
-        return self.launch([command, str(file), "--runs", str(self.runs)])
+        launch = self.launch
+        if self.jobs > 1:
+            launch = partial(in_own_process, output=self._log(name))
+        return launch([command, str(file), "--runs", str(self.runs)])
 
 
 def _same_data(cell: FinishedCell, settings: dict[str, Any]) -> str:
