@@ -34,12 +34,13 @@ def answer_losses(
     teacher [E, N]: probabilities over answers; along the path to the given answer, the LM's distribution over each
     node's children is compared with the teacher's (ours). Answers are read in groups of like length: most need a
     token or two before they are the only one left, a few need many. together: all in one group, so that the LM is
-    called once, whatever the answers are.
+    called once, whatever the answers are; always so on an accelerator, where a call costs more than its padding.
     """
     closed = model.answers[task]
     nll = torch.zeros(len(answers), device=answers.device)
     taught = torch.zeros_like(nll)
     taught_by = None if teacher is None else NodeMasses(closed.tree, teacher)
+    together = together or answers.device.type != "cpu"
     group_of = torch.ceil(torch.log2(closed.reach[answers] + 1.0)).clamp(1, 1 if together else 3)
     for group in torch.unique(group_of):
         part = torch.nonzero(group_of == group)[:, 0]

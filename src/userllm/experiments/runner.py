@@ -82,8 +82,8 @@ def in_own_process(arguments: list[str], output: Path | None = None) -> int:
 class Runner:
     """Runs cells into ``out``. keep: leave the run folders, models included, where they are.
 
-    jobs: cells at a time; of more than one each is a process with its output in OUT/work/<cell>.log, whatever ``launch``
-    is. Meant for budgets of steps or CPU seconds: a second on an accelerator that is shared holds less work.
+    jobs: cells at a time; of more than one each is a process with its output in OUT/work/<cell>.log, whatever
+    ``launch`` is. Meant for budgets of steps or CPU seconds: a second on an accelerator that is shared holds less work.
 
     pace: seconds of this machine for one second of an experiment's budgets of stage 1 and of stage 2, so that rows of
     machines of unlike speed had the same training; see ``measured_pace``. A cell goes by its settings without it,
