@@ -84,6 +84,14 @@ def test_append(userllm, folder):
     said = userllm("data", "append", "d", "log1.csv", "--on-bad-rows", "skip", "--memory", "1MB", cwd=folder)
     assert "25 read = 24 kept + 1 rejected + 0 filtered" in said.out
     assert Dataset.open(folder / "d").num_events == 24
+    # what was appended is not in the first file: the person is told before it is gone
+    again = userllm("data", "prepare", "table", *FLAGS[2:], "--path", "log0.csv", "--out", "d", cwd=folder)
+    assert again.code == 0 and "d holds d, 24 events, fingerprint " in again.err
+    assert "it is replaced once the new one is whole" in again.err
+    assert Dataset.open(folder / "d").num_events == 12
+    (folder / "d" / "card.json").write_text("{")
+    again = userllm("data", "prepare", "table", *FLAGS[2:], "--path", "log0.csv", "--out", "d", cwd=folder)
+    assert again.code == 0 and "d holds a dataset that cannot be read" in again.err
 
 
 def test_an_item_may_be_described_after_its_first_event(userllm, tmp_path):

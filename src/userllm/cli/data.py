@@ -18,6 +18,7 @@ from userllm.cli.table import (
     reviews_config,
     table_config,
 )
+from userllm.errors import UserError
 
 NAMES = ("movielens-100k", "movielens-1m", "movielens", "rent-the-runway", "amazon", "google-local", "table")
 PREPARE_NOTE = """\
@@ -92,6 +93,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     from userllm.data.sources.by_name import prepare as prepare_by_name
 
     out, name = arguments.out or Path("data") / arguments.name, arguments.name
+    _announce_what_is_replaced(out)
     if name == "table":
         from userllm.data.sources.table import prepare_table
 
@@ -113,6 +115,24 @@ def prepare(arguments: argparse.Namespace) -> None:
         reviews=reviews,
     )
     print(describe_card(dataset))
+
+
+def _announce_what_is_replaced(out: Path) -> None:
+    """Events that were appended to an earlier dataset are not in the files it was prepared from."""
+    from userllm.data.card import DatasetCard
+    from userllm.data.sources.fetch import announce
+
+    if not (file := out / "card.json").is_file():
+        return
+    try:
+        card = DatasetCard.from_json(file.read_text(encoding="utf-8"), file)
+    except UserError:
+        announce(f"{out} holds a dataset that cannot be read; it is replaced once the new one is whole")
+    else:
+        announce(
+            f"{out} holds {card.name}, {card.events:,} events, fingerprint {card.fingerprint[:12]}; it is replaced "
+            "once the new one is whole"
+        )
 
 
 def append(arguments: argparse.Namespace) -> None:
