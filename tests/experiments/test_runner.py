@@ -330,3 +330,17 @@ def test_of_several_at_a_time_one_may_fail(tmp_path):
 def test_jobs_that_cannot_be_are_refused(tmp_path, capsys):
     assert main(["experiments", "run", "family", "--out", str(tmp_path), "--jobs", "0"]) == 2
     assert "--jobs is 0" in capsys.readouterr().err
+
+
+def test_a_cell_that_another_runner_did_in_the_meantime_is_not_done_again(done, tmp_path):
+    calls, said = [], []
+
+    def launch(arguments):
+        calls.append(arguments)
+        shutil.copytree(done[0] / "cells", tmp_path / "cells", dirs_exist_ok=True)
+        return 1
+
+    runner = Runner(tmp_path, launch, say=said.append)
+    failed = runner.run([FAMILY], "smoke", only=["reference", "proj"], extra=QUICK)
+    assert [name.split("-")[1] for name in failed] == ["reference"]
+    assert len(calls) == 1 and "in the meantime" in said[-1]

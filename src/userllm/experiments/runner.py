@@ -141,6 +141,9 @@ class Runner:
 
     def _done(self, wanted: _Wanted) -> bool:
         """Do a cell; whether it is stored."""
+        if self.store.find(settings_hash(wanted.settings)) is not None:
+            self.say(f"{wanted.where}: done by another runner in the meantime, skipped")
+            return True
         self.say(wanted.where)
         if self._cell(wanted.name, wanted.settings, wanted.told) is not None:
             return True
