@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from userllm.pipeline import commit, hardware
+from userllm.pipeline import commit, hardware, software
 
 
 def argument_parser(doc: str | None, out: str = "docs/results/benchmarks") -> argparse.ArgumentParser:
@@ -76,6 +76,7 @@ def write_result(name: str, result: dict[str, Any], out: Path) -> None:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
+        "software": software(),
     } | result
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{name}.json", result)

@@ -2,7 +2,10 @@ import json
 import shutil
 
 import pytest
+import torch
+import transformers
 
+import userllm
 from userllm.cli import main
 from userllm.errors import UserError
 from userllm.experiments.cells import CellStore
@@ -31,6 +34,11 @@ def test_a_cell_tells_everything(done):
     assert (told["experiment"], told["cell"], told["scale"], cell.seed) == ("family", "proj", "smoke", 0)
     assert told["config"]["contextualize"]["strategy"]["name"] == "proj"
     assert told["commit"] and told["hardware"] and told["date"]
+    assert (
+        f"torch {torch.__version__}, transformers {transformers.__version__}" in told["metrics"]["software"]
+    )
+    page = write_experiment_report(FAMILY, "smoke", out, extra=QUICK).with_suffix(".md").read_text("utf-8")
+    assert f"- Software: userllm {userllm.__version__}, Python " in page
     training = told["metrics"]["training"]
     assert training["steps"] >= 1 and training["examples"] == 8 * training["steps"]
     assert training["seconds"] >= 0.2

@@ -353,3 +353,17 @@ def test_how_numbers_are_written():
 def test_markdown_escapes():
     assert markdown.escape("a|b\n<c> *d* $e$ [f](g)") == r"a\|b \<c\> \*d\* \$e\$ [f\](g)"
     assert markdown.escape("0.1 [0.0, 0.2]") == "0.1 [0.0, 0.2]"
+
+
+def test_memory_and_versions_are_told_where_they_were_recorded(synthetic_run):
+    write_report(synthetic_run)
+    page = (synthetic_run / "report.md").read_text(encoding="utf-8")
+    assert "Peak memory: 3,413 MB." in page
+    file = synthetic_run / "metrics.json"
+    told = json.loads(file.read_text()) | {"peak_gpu_mb": 2048.4, "software": "userllm 1, torch 2"}
+    file.write_text(json.dumps(told))
+    write_report(synthetic_run)
+    for name in ("report.md", "report.html"):
+        page = (synthetic_run / name).read_text(encoding="utf-8")
+        assert "Peak memory: 3,413 MB, of the GPU 2,048 MB." in page
+        assert "userllm 1, torch 2" in page

@@ -326,6 +326,7 @@ def _facts(cells: Sequence[FinishedCell]) -> list[tuple[str, str]]:
         *lines("Data", [_data(cell) for cell in cells]),
         *lines("Language model", [_lm(cell) for cell in cells]),
         *lines("Hardware", [_hardware(cell) for cell in cells]),
+        *lines("Software", [cell.metrics["software"] for cell in cells if "software" in cell.metrics]),
         *lines("Commit", [cell.told["commit"] for cell in cells]),
         ("Date", dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"),
     ]

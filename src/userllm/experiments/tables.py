@@ -231,7 +231,7 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
         "machine was given for one of the budget of stage 2, by seed where they differ.",
         [
             "Row", "trainable", "examples", "steps", "stage 1, s", "stage 2, s", "pace", "evaluation, s",
-            "LM tokens a prompt", "peak memory, MB", "perplexity",
+            "LM tokens a prompt", "peak memory, MB", "of the GPU, MB", "perplexity",
         ],
         folded=True,
     )  # fmt: skip
@@ -239,6 +239,7 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
         seen = [one.metrics for one in cells[cell.name]]
         paces = [one.pace[1] for one in cells[cell.name]]
         read = _tokens(cells[cell.name])
+        on_gpu = [m["peak_gpu_mb"] for m in seen if "peak_gpu_mb" in m]
         table.rows.append(
             [
                 f"{cell.name}: {cell.label}",
@@ -251,6 +252,7 @@ def costs(experiment: Experiment, cells: Cells) -> Table:
                 _seconds(seen, "evaluate"),
                 NOTHING if read is None else f"{read:,.0f}",
                 f"{average([m['peak_rss_mb'] for m in seen]):,.0f}",
+                f"{average(on_gpu):,.0f}" if on_gpu else NOTHING,
                 _perplexity(seen),
             ]
         )

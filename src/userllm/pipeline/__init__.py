@@ -1,6 +1,6 @@
 """From raw data to a report: a run folder and the stages that fill it."""
 
-from userllm.pipeline.machine import commit, hardware
+from userllm.pipeline.machine import commit, hardware, software
 from userllm.pipeline.run import Run
 
-__all__ = ["Run", "commit", "hardware"]
+__all__ = ["Run", "commit", "hardware", "software"]

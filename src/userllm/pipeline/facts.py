@@ -14,7 +14,7 @@ from userllm.evaluation.closed import ClosedEvaluator
 from userllm.evaluation.users import EvaluationConfig
 from userllm.json_file import AGAIN, read_json
 from userllm.model import UserLLM
-from userllm.pipeline.machine import commit, hardware, peak_rss_mb
+from userllm.pipeline.machine import commit, hardware, peaks_mb, software
 
 
 def run_facts(folder: Path, config: RunConfig, evaluator: ClosedEvaluator) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def run_facts(folder: Path, config: RunConfig, evaluator: ClosedEvaluator) -> di
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
+        "software": software(),
         **data_facts(config, evaluator.dataset, evaluator.split),
         "lm": {
             "name": model.reference.name,
@@ -41,7 +42,7 @@ def run_facts(folder: Path, config: RunConfig, evaluator: ClosedEvaluator) -> di
         "catalogue_weights": [] if model.catalogue is None else model.catalogue.weights(),
         "timings_s": {},
         "cpu_s": {},
-        "peak_rss_mb": peak_rss_mb(),
+        **peaks_mb(),
         "notes": _notes(config.evaluation, evaluator),
     }
 

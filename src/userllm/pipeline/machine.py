@@ -6,10 +6,12 @@ import os
 import platform
 import resource
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import userllm
 from userllm import processes
 from userllm.bfloat16 import multiplies
 
@@ -49,6 +51,18 @@ def hardware() -> str:
     return f"{model}, {able}, {cores} cores, {threads} threads, {memory:.0f} GiB{gpu}"
 
 
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+def software() -> str:
+    """Versions that numbers depend on: this package, Python, torch (with its build) and transformers."""
+    return (
+        f"userllm {userllm.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {version('transformers')}"
+    )
+
+
+def peaks_mb() -> dict[str, float]:
+    """Most memory of this process so far, in MiB: resident, and on its GPU where there is one (what tensors took)."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peaks = {"peak_rss_mb": round(resident, 1)}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peaks

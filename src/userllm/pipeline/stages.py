@@ -15,7 +15,7 @@ from typing import Any
 from userllm import processes
 from userllm.freed_memory import hand_back
 from userllm.json_file import ANEW, read_object
-from userllm.pipeline.machine import peak_rss_mb
+from userllm.pipeline.machine import peaks_mb
 from userllm.report.current import stage_hash
 
 TOLD_EVERY = 20.0
@@ -45,7 +45,7 @@ class Stages:
         with spent.told_now_and_then(lambda: self._write(records)):
             yield True
         spent.settle()
-        records[name] |= {"done": True, "peak_rss_mb": peak_rss_mb()}
+        records[name] |= {"done": True, **peaks_mb()}
         self._write(records)
         if processes.is_main():
             shutil.rmtree(self._aside(name), ignore_errors=True)
@@ -102,7 +102,9 @@ class Stages:
         metrics, records = read_object(file, ANEW), read_object(self.folder / "stages.json", ANEW)
         metrics["timings_s"] = {name: record["seconds"] for name, record in records.items()}
         metrics["cpu_s"] = {name: record.get("cpu_seconds") for name, record in records.items()}
-        metrics["peak_rss_mb"] = max(record.get("peak_rss_mb", 0) for record in records.values())
+        for peak in ("peak_rss_mb", "peak_gpu_mb"):
+            if seen := [record[peak] for record in records.values() if peak in record]:
+                metrics[peak] = max(seen)
         write(file, json.dumps(metrics, indent=1))
 
 

@@ -64,6 +64,7 @@ def render(run: RunRecord, drawn: dict[str, Figure]) -> str:
         knowledge=wording.knowledge(run),
         knowledge_note=wording.knowledge_note(run) if run.knowledge else "",
         timings=wording.timings(run),
+        peak_memory=wording.peak_memory(run),
         notes=run.metrics.get("notes", []),
         attended=attended,
         most_attended=attended.most_attended(MOST_ATTENDED) if attended else [],

@@ -157,8 +157,8 @@ def _timings(run: RunRecord) -> str:
         return _missing("Timings", "metrics.json records none")
     stages.append(("in all", sum(seconds for _, seconds in stages)))
     table = _table(("Stage", "Time"), [(name, wording.duration(seconds)) for name, seconds in stages])
-    peak = run.metrics.get("peak_rss_mb")
-    return table if peak is None else f"{table}\n\nPeak memory: {peak:,.0f} MB."
+    peak = wording.peak_memory(run)
+    return table if peak is None else f"{table}\n\n{peak}"
 
 
 def _picture(name: str) -> str:

@@ -237,6 +237,7 @@ def what_ran(run: RunRecord) -> list[tuple[str, str]]:
     return [
         ("Commit", _text(run.metrics.get("commit"))),
         ("Hardware", _text(run.metrics.get("hardware"))),
+        ("Software", _text(run.metrics.get("software"))),
         ("Language model", ", ".join(filter(None, model))),
         ("LM source", _text(lm.get("source"))),
         ("LM sha256", _text(lm.get("sha256"))),
@@ -262,6 +263,14 @@ def timings(run: RunRecord) -> list[tuple[str, float]]:
         (label(name, STAGES), float(seconds))
         for name, seconds in _mapping(run.metrics.get("timings_s")).items()
     ]
+
+
+def peak_memory(run: RunRecord) -> str | None:
+    """The most memory any stage took, as recorded."""
+    resident, on_gpu = (run.metrics.get(f"peak_{where}_mb") for where in ("rss", "gpu"))
+    if resident is None:
+        return None
+    return f"Peak memory: {resident:,.0f} MB{'' if on_gpu is None else f', of the GPU {on_gpu:,.0f} MB'}."
 
 
 def trainable(run: RunRecord) -> list[tuple[str, int]]:
