@@ -59,6 +59,19 @@ class UserHistory:
     events: Sequence[Event]
     user: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise UserError for an event that is earlier than one before it: newest first would be read backwards."""
+        latest: Event | None = None
+        for place, event in enumerate(self.events):
+            if event.time is None:
+                continue
+            if latest is not None and latest.time is not None and event.time < latest.time:
+                raise UserError(
+                    f"events[{place}] ({event.item!r}, time {event.time}) is earlier than {latest.item!r} (time "
+                    f"{latest.time}) before it; sort the events by time, oldest first"
+                )
+            latest = event
+
     def __len__(self) -> int:
         return len(self.events)
 

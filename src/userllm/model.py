@@ -136,7 +136,14 @@ class UserLLM(ContextualLM):
         side, keep = UserSide.of(self), Kept(record.keys_values is not None, True)
         if (reason := why_not_extended(side, record, len(events))) is not None:
             raise UserError(f"this user's history cannot be continued: {reason}; use remember(history)")
-        before = [Event("", last_time(record))] if record.events else []  # a time gap is from here on
+        latest = last_time(record) if record.events else None
+        first = next((event for event in events if event.time is not None), None)
+        if latest is not None and first is not None and first.time is not None and first.time < latest:
+            raise UserError(
+                f"{first.item!r} (time {first.time}) is earlier than the latest event of the record (time {latest}); "
+                "a history is continued by later events: use remember(history)"
+            )
+        before = [Event("", latest)] if record.events else []  # a time gap is from here on
         new = UserHistory([*before, *events])
         batch = self._batch([new], len(events)) if events else self._batch([UserHistory([])])
         extended, *_ = extend(side, [record], batch, [self._seen(UserHistory(events))], keep)

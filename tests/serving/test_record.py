@@ -156,6 +156,16 @@ def test_what_cannot_be_continued_says_why(make_user_llm, make_encoder, dataset,
         model.extend(record, dataset.history(7, 8, 9).events)
 
 
+def test_events_go_oldest_first(make_user_llm):
+    events = [Event("m0", 100), Event("m1"), Event("m2", 100), Event("m3", 200)]
+    record = make_user_llm().remember(UserHistory(events), state=True)
+    with pytest.raises(UserError, match=r"events\[1\] \('m2', time 100\) is earlier than 'm3' \(time 200\)"):
+        UserHistory(events[:1:-1] + events[:1])
+    with pytest.raises(UserError, match=r"'m4' \(time 199\) is earlier than the latest event .*remember"):
+        make_user_llm().extend(record, [Event("m5"), Event("m4", 199)])
+    assert len(make_user_llm().extend(record, [Event("m4", 200)])) == 5
+
+
 def test_a_record_without_a_state_says_so(make_user_llm, dataset):
     model = make_user_llm()
     with pytest.raises(UserError, match="keeps no encoder state"):
