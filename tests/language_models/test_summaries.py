@@ -55,6 +55,26 @@ def test_a_summary_is_written_once(make):
     assert second([]) == []
 
 
+def test_what_is_found_on_disk_counts_once_with_the_seconds_it_took(make, monkeypatch):
+    now = [0.0]
+
+    def tick():
+        now[0] += 6.0
+        return now[0]
+
+    monkeypatch.setattr("userllm.language_models.summaries.clock_of", lambda device: tick)
+    first = make()
+    first([*TEXTS, TEXTS[0]])  # one batch of three, 6 s
+    first(TEXTS)
+    assert first.spared == 0
+    second = make()
+    second(TEXTS[:2])
+    assert second.spared == pytest.approx(4)
+    second(TEXTS)
+    second(TEXTS)
+    assert second.spared == pytest.approx(6)
+
+
 @pytest.mark.parametrize(
     "other", [{"instruction": " Well?"}, {"new_tokens": 4}, {"lm": LanguageModelConfig("tiny-random-gpt2")}]
 )

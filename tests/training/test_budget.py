@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from userllm.training import budget as budget_module
 from userllm.training.alignment import AlignmentConfig
 from userllm.training.budget import Budget
 
@@ -17,7 +16,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr(budget_module.time, "process_time", lambda: Clock.now)
+    monkeypatch.setattr("userllm.clock.time.process_time", lambda: Clock.now)
     return Clock
 
 
@@ -38,6 +37,17 @@ def test_an_interrupted_training_has_used_what_it_had(clock, tmp_path):
     second = Budget(10.0, 0.1, torch.device("cpu"))
     second.resume(tmp_path)
     clock.now = 501.0
+    assert second.used == pytest.approx(5.0)
+
+
+def test_what_was_found_done_counts(clock, tmp_path):
+    found = [3.0]  # before the training: not its business
+    budget = Budget(10.0, 0.1, torch.device("cpu"), lambda: found[0])
+    clock.now, found[0] = 101.0, 7.0
+    assert budget.used == pytest.approx(5.0)
+    budget.save(tmp_path)
+    second = Budget(10.0, 0.1, torch.device("cpu"), lambda: found[0])
+    second.resume(tmp_path)
     assert second.used == pytest.approx(5.0)
 
 

@@ -1,4 +1,8 @@
-"""Short summaries by a language model, each written once: kept on disk by model, prompt and length."""
+"""Short summaries by a language model, each written once: kept on disk by model, prompt and length.
+
+What writing one took is kept with it, so that a training by time can count it (``userllm.training.budget``) wherever
+the summary comes from: else a second run of the same cell would see more examples.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from userllm.clock import clock_of
 from userllm.data.sources.fetch import cache_folder
 from userllm.language_models.pretrained import LanguageModelConfig, load, resolve
 
@@ -37,6 +42,9 @@ class Summarizer:
         self.sha256 = resolve(lm).sha256
         self.written = 0
         """Summaries this object has had to write."""
+        self.spared = 0.0
+        """Seconds that writing those took that this object was spared, since they were on disk (``clock_of``)."""
+        self._paid: set[str] = set()
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
@@ -45,18 +53,24 @@ class Summarizer:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.file, timeout=60)) as database:
             database.execute(
-                "CREATE TABLE IF NOT EXISTS summaries (key TEXT PRIMARY KEY, text TEXT, summary TEXT)"
+                "CREATE TABLE IF NOT EXISTS timed_summaries "
+                "(key TEXT PRIMARY KEY, text TEXT, summary TEXT, seconds REAL)"
             )
-            known = {key: found[0] for key in keys if (found := self._find(database, key)) is not None}
+            found = {key: self._find(database, key) for key in keys}
+            known = {key: one[0] for key, one in found.items() if one is not None}
+            self.spared += sum(
+                one[1] for key, one in found.items() if one is not None and key not in self._paid
+            )
+            self._paid |= found.keys()
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
             order = sorted(missing, key=lambda key: len(missing[key]))  # alike lengths together
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
-                summaries = self._write([missing[key] for key in part])
+                summaries, seconds = self._write([missing[key] for key in part])
                 known |= dict(zip(part, summaries, strict=True))
-                rows = [(key, missing[key], known[key]) for key in part]
+                rows = [(key, missing[key], known[key], seconds / len(part)) for key in part]
                 with database:
-                    database.executemany("INSERT OR REPLACE INTO summaries VALUES (?, ?, ?)", rows)
+                    database.executemany("INSERT OR REPLACE INTO timed_summaries VALUES (?, ?, ?, ?)", rows)
         return [known[key] for key in keys]
 
     def described(self) -> dict[str, Any]:
@@ -70,9 +84,9 @@ class Summarizer:
             "written": self.written,
         }
 
-    def _find(self, database: sqlite3.Connection, key: str) -> tuple[str] | None:
-        found: tuple[str] | None = database.execute(
-            "SELECT summary FROM summaries WHERE key = ?", (key,)
+    def _find(self, database: sqlite3.Connection, key: str) -> tuple[str, float] | None:
+        found: tuple[str, float] | None = database.execute(
+            "SELECT summary, seconds FROM timed_summaries WHERE key = ?", (key,)
         ).fetchone()
         return found
 
@@ -83,7 +97,8 @@ class Summarizer:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @torch.no_grad()
-    def _write(self, texts: Sequence[str]) -> list[str]:
+    def _write(self, texts: Sequence[str]) -> tuple[list[str], float]:
+        """The summaries, and the seconds they took."""
         if self._loaded is None:
             lm, tokenizer, _ = load(self.lm)
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -92,6 +107,8 @@ class Summarizer:
             )  # what the settings below leave open is not the LM's to say
             self._loaded = lm.to(device or "cpu"), tokenizer  # type: ignore[arg-type]
         lm, tokenizer = self._loaded
+        clock = clock_of(lm.device)
+        began = clock()
         inputs = tokenizer(
             [self._prompt(tokenizer, text) for text in texts],
             add_special_tokens=tokenizer.chat_template is None,  # a chat template writes its own
@@ -110,7 +127,8 @@ class Summarizer:
         output = lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
         new = output[:, inputs["input_ids"].shape[1] :]
         self.written += len(texts)
-        return [" ".join(said.split()) for said in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        said = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [" ".join(one.split()) for one in said], clock() - began
 
     def _prompt(self, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         asked = f"{text}{self.instruction}"

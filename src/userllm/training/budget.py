@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from userllm import processes
+from userllm.clock import clock_of
 from userllm.json_file import AGAIN, read_object
 
 MAX_STEPS = 10**9
@@ -28,13 +29,19 @@ _FILE = "seconds.json"
 
 
 class Budget(TrainerCallback):
-    """``seconds`` of training on ``device``, counted from now. ``warmup``: share of them with a rising rate."""
+    """``seconds`` of training on ``device``, counted from now. ``warmup``: share of them with a rising rate.
 
-    def __init__(self, seconds: float, warmup: float, device: torch.device):
+    spared: seconds so far that work took which is part of the training, but was found done; they count.
+    """
+
+    def __init__(
+        self, seconds: float, warmup: float, device: torch.device, spared: Callable[[], float] = lambda: 0.0
+    ):
         self.seconds = seconds
         self.warmup = warmup
         self._counts_cpu = device.type == "cpu"
-        self._clock = time.process_time if self._counts_cpu else time.perf_counter
+        clock = clock_of(device)
+        self._clock = lambda: clock() + spared()
         self._began = self._clock()
         self._agreed = self._before = 0.0
 

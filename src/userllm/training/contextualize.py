@@ -192,7 +192,13 @@ def contextualize(
     arguments = training_arguments(folder, config.optimization, steps, seed, eval_every)
     budget = None
     if config.seconds is not None:
-        budget = Budget(config.seconds, config.optimization.warmup, arguments.device)
+        summaries = model.summarizer
+        budget = Budget(
+            config.seconds,
+            config.optimization.warmup,
+            arguments.device,
+            lambda: 0.0 if summaries is None else summaries.spared,
+        )
     losses = ContextualizedLosses(model, sharded=fsdp)
     if config.alignment is not None:
         align(model, dataset, split, stored, config.alignment, folder / "alignment", seed, budget)
