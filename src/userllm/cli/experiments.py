@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from userllm.cli.arguments import add_command
 from userllm.errors import UserError
+
+if TYPE_CHECKING:
+    from userllm.experiments.runner import Launch
 
 _INTERRUPTED = 130
 """What ``main`` returns after Ctrl-C."""
@@ -137,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Every missing cell. Raises UserError at the end where some failed, and at once where ``--set`` cannot be."""
     from userllm.cli.configuration import checked_config
     from userllm.experiments.definition import experiment_names, load_experiment
-    from userllm.experiments.runner import Runner, in_own_process
+    from userllm.experiments.runner import Runner
 
     if len(arguments.pace) > 2 or not all(0 < pace < float("inf") for pace in arguments.pace):
         said = " ".join(f"{pace:g}" for pace in arguments.pace)
@@ -153,10 +156,9 @@ def run(arguments: argparse.Namespace) -> None:
         cell = experiment.cell((arguments.only or [*experiment.cells])[0])
         settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
         checked_config(settings, f"{experiment.name}, cell {cell.name}")
-    alone = arguments.scale == "smoke" and arguments.jobs == 1
     runner = Runner(
         arguments.out,
-        _in_this_process if alone else in_own_process,
+        _launch(arguments.scale),
         keep=arguments.keep,
         pace=(first, second),
         jobs=arguments.jobs,
@@ -169,13 +171,12 @@ def run(arguments: argparse.Namespace) -> None:
 def pace(arguments: argparse.Namespace) -> None:
     """How long this machine takes beside the one that did the stored reference."""
     from userllm.experiments.definition import load_experiment
-    from userllm.experiments.runner import Runner, in_own_process
+    from userllm.experiments.runner import Runner
 
     if arguments.steps is not None and arguments.steps < 1:
         raise UserError(f"--steps is {arguments.steps}; it must be at least 1")
-    launch = _in_this_process if arguments.scale == "smoke" else in_own_process
     experiment = load_experiment(arguments.name)
-    measured = Runner(arguments.out, launch).measured_pace(
+    measured = Runner(arguments.out, _launch(arguments.scale)).measured_pace(
         experiment, arguments.scale, arguments.set, arguments.steps, arguments.cell
     )
     print(
@@ -183,6 +184,12 @@ def pace(arguments: argparse.Namespace) -> None:
         f"stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "
         f"seconds here and {measured.there:,.0f} on {measured.hardware}\n--pace {measured.factor:.2f}"
     )
+
+
+def _launch(scale: str) -> Launch:
+    from userllm.experiments.runner import in_own_process
+
+    return _in_this_process if scale == "smoke" else in_own_process
 
 
 def _in_this_process(command: list[str]) -> int:
