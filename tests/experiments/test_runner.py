@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 import transformers
+import yaml
 
 import userllm
 from userllm.cli import main
@@ -246,6 +247,13 @@ def test_the_pace_is_what_the_steps_of_the_reference_take(done, tmp_path):
     left = {path.name.split("-")[0] for path in (tmp_path / "out" / "work" / "runs").iterdir()}
     assert left == {"stage1"}
     assert runner.measured_pace(FAMILY, "smoke", QUICK, steps=1, cell="proj").factor > 0
+
+
+def test_a_pace_needs_no_stage_1(done, tmp_path):
+    shutil.copytree(done[0] / "cells", tmp_path / "cells")
+    Runner(tmp_path, main, say=lambda _: None).measured_pace(FAMILY, "smoke", QUICK, steps=1)
+    (file,) = (tmp_path / "work").glob("stage1-*.yaml")
+    assert yaml.safe_load(file.read_text("utf-8"))["pretrain"] is None
 
 
 def test_the_stages_may_have_paces_of_their_own(done, tmp_path):

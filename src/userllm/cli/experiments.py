@@ -33,10 +33,10 @@ PACE_NOTE = (
     SCALES_NOTE
     + """
 An experiment whose cells have equal time is done on like machines, or on a slower one at its pace: the CPU seconds it
-needs for the steps of the reference that is stored in DIR/cells, to those that the other one needed. It trains that
-reference once more to know, or another cell: rows that train the language model may have a pace of their own. Then
-`userllm experiments run NAME --pace N` gives both stages of every cell N times their seconds, and `--pace N M` stage 1
-N times and stage 2 M times; the report says so.
+needs for the steps of the reference that is stored in DIR/cells, to those that the other one needed. It does stage 2 of
+that reference once more to know, or of another cell: rows that train the language model may have a pace of their own.
+Then `userllm experiments run NAME --pace N` gives both stages of every cell N times their seconds, and `--pace N M`
+stage 1 N times and stage 2 M times; the report says so.
 """
 )
 REPORT_NOTE = (

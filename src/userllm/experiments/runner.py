@@ -159,7 +159,8 @@ class Runner:
         steps: int | None = None,
         cell: str | None = None,
     ) -> Pace:
-        """Does stage 2 of a stored cell once more, for as many steps as it took there, or for ``steps``.
+        """Does stage 2 of a stored cell once more, for as many steps as it took there, or for ``steps``; stage 1 is
+        left out.
 
         cell: the reference if None. Not all work slows down alike: rows that train the LM have a pace of their own.
         Raises UserError where no such cell with a budget of seconds is stored, and where a stage fails.
@@ -178,6 +179,7 @@ class Runner:
             raise UserError(f"{experiment.name} counts steps, not seconds: it needs no pace")
         asked = training["steps"] if steps is None else min(steps, training["steps"])
         settings["contextualize"] |= {"seconds": None, "steps": asked}
+        settings["pretrain"] = None  # a step takes as long whatever the encoder has learnt
         name = f"pace-{scale}-{cell}-s{seed}-{settings_hash(settings)}"
         folder = self._prepared(name, settings)
         if folder is None or self._userllm("contextualize", name, settings) != 0:
