@@ -10,7 +10,7 @@ from userllm.evaluation.metrics import sign_flip_p
 from userllm.experiments.cells import CellStore
 from userllm.experiments.comparison import decide, difference, mean, per_user, ratio
 from userllm.experiments.definition import Claim, Side
-from userllm.experiments.tables import agreement, spread
+from userllm.experiments.tables import agreement, spread, verdict_of
 
 
 @pytest.fixture
@@ -237,3 +237,44 @@ def test_stored_cells_are_whole(make_cell, tmp_path):
     cell = make_cell("a-0123456789ab", [1])
     assert json.loads(cell.file.read_text())["format_version"] == 1
     assert CellStore(tmp_path).find("0") is not None  # by the end of its name
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kind", "says"),
+    [
+        ([0] * 40, [1] * 40, "above", "not confirmed: the other way round"),
+        ([0] * 500, [1] * 4 + [0] * 496, "above", "not confirmed"),  # four users, p = .12
+        ([0] * 500, [1] * 20 + [0] * 480, "within", "not confirmed: it loses"),
+        ([1] + [0] * 499, [0] * 499 + [1], "within", "not confirmed"),
+    ],
+)
+def test_losing_needs_what_winning_needs(make_cell, a, b, kind, says):
+    told = claim(kind=kind, margin=0.001 if kind == "within" else 0.0)
+    assert verdict_of(decide(told, {"a": [make_cell("a", a)], "b": [make_cell("b", b)]})) == says
+
+
+def test_a_seed_that_wins_is_enough_to_doubt_that_it_loses(make_cell):
+    worse, better = (
+        [make_cell("a", [0] * 60, seed=seed) for seed in range(2)],
+        make_cell("a", [1] * 60, seed=2),
+    )
+    b = [make_cell("b", [1] * 50 + [0] * 10, seed=seed) for seed in range(3)]
+    assert decide(claim(), {"a": worse, "b": b}).loses
+    decided = decide(claim(), {"a": [*worse, better], "b": b})
+    assert decided.difference.estimate.high < 0 and not decided.loses
+
+
+def test_near_a_row_that_has_learnt_nothing_is_said_to_be_so(make_cell):
+    def with_popularity(ranks, popular):
+        n = len(ranks)
+        systems = ["user_llm"] * n + ["popularity"] * n
+        return make_cell("b", ranks + popular, users=[*range(n)] * 2, system=systems)
+
+    a, popular = [make_cell("a", [1] * 400)], [1] * 40 + [0] * 360
+    near = claim(kind="within", margin=0.02)
+    untaught = decide(near, {"a": a, "b": [with_popularity(popular, popular)]})
+    assert (untaught.verdict, untaught.weak) == ("confirmed", "popularity")
+    assert verdict_of(untaught) == "confirmed (b is not above popularity)"
+    taught = decide(near, {"a": a, "b": [with_popularity([1] * 400, popular)]})
+    assert (taught.verdict, taught.weak) == ("confirmed", None)
+    assert decide(claim(), {"a": a, "b": [with_popularity(popular, popular)]}).weak is None

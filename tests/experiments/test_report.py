@@ -82,7 +82,10 @@ def test_the_report_of_an_experiment(done):
 def test_a_results_table_says_what_the_cells_say(done):
     cells = stored(FAMILY, done[0], "reference", "proj")
     rows = as_dicts(tables.results(FAMILY, "next_item", cells))
-    assert [row["Row"].split(":")[0] for row in rows] == ["reference", "proj"]
+    assert [row["Row"].split(":")[0] for row in rows] == ["reference", "reference / Popularity", "proj"]
+    popularity = rows.pop(1)
+    entry = cells["reference"][0].metrics["tasks"]["next_item"]
+    assert says(popularity["recall@10"], entry["popularity"]["recall@10"])
     for row, name in zip(rows, cells, strict=True):
         entry = cells[name][0].metrics["tasks"]["next_item"]
         assert says(row["recall@10"], entry["user_llm"]["recall@10"])
@@ -97,12 +100,13 @@ def test_another_system_is_a_row_where_a_claim_or_a_published_figure_is_about_it
     place = Published("next_item", "encoder", None, "v1 T2", "MovieLens 20M @10", "DualEnc")
     reference = replace(FAMILY.cell("reference"), published=(place,))
     experiment = replace(FAMILY, cells={"reference": reference}, claims=())
-    own, encoder = as_dicts(tables.results(experiment, "next_item", cells))
+    own, encoder, popularity = as_dicts(tables.results(experiment, "next_item", cells))
+    assert popularity["Row"] == "reference / Popularity"
     entry = cells["reference"][0].metrics["tasks"]["next_item"]
     assert encoder["Row"] == "reference / User encoder alone" and encoder["paper"] == "0.206 (v1 T2)"
     assert says(encoder["recall@10"], entry["encoder"]["recall@10"]) and own["paper"] == "–"
-    [only] = as_dicts(tables.results(experiment, "favorite_genre", cells))
-    assert only["Row"].startswith("reference: ")
+    [only, majority] = as_dicts(tables.results(experiment, "favorite_genre", cells))
+    assert only["Row"].startswith("reference: ") and majority["Row"] == "reference / Majority class"
 
 
 def test_gates_by_layer(done):

@@ -21,6 +21,8 @@ RANKING = tuple(user_metrics([1]))
 """Metrics that follow from a rank; any other is a column of a cell's numbers by user."""
 WEIGHTED_F1 = "f1"
 """Of all texts together, label by label: no mean of users' values."""
+TRIVIAL = ("popularity", "majority", "every_label", "other_last")
+"""Baselines that know nothing of the user."""
 _SIGNIFICANT = 0.05
 
 
@@ -37,6 +39,8 @@ class Measured:
     """Of a difference: two-sided p of there being none, by flipping the users' signs."""
     lost: int | None = None
     """Of a difference: users with whom it is below 0; None where users have no difference of their own."""
+    won: int | None = None
+    """Those with whom it is above 0, likewise."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Decided:
     for, and decides nothing"""
     seeds: int = 0
     """in how many of the seeds the difference lies on the claim's side"""
+    loses: bool = False
+    """a is below b, by the rule by which "above" is confirmed"""
+    weak: str | None = None
+    """of "within": a system that has learnt nothing (``TRIVIAL``) and that b is not above, so that staying near b is
+    easy"""
 
 
 def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str) -> pl.DataFrame:
@@ -107,8 +116,8 @@ def difference(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
     if users.is_empty():
         return None
     values = users["value"].to_numpy()
-    lost = int((values < 0).sum())
-    return Measured(len(users), bootstrap_mean(values), _by_seed(pairs), sign_flip_p(values), lost)
+    lost, won = int((values < 0).sum()), int((values > 0).sum())
+    return Measured(len(users), bootstrap_mean(values), _by_seed(pairs), sign_flip_p(values), lost, won)
 
 
 def ratio(a: pl.DataFrame, b: pl.DataFrame) -> Measured | None:
@@ -145,12 +154,22 @@ def _by_seed(rows: pl.DataFrame) -> dict[int, float]:
     return dict(rows.group_by("seed").agg(pl.col("value").mean()).sort("seed").iter_rows())
 
 
-def _lowest(between: Measured) -> float:
-    """The interval's lower end. Resampling pairs of which none speaks against a says nothing of those not seen: there
-    the 95 % bound for something that never happened in n trials is taken off, 3 / n."""
-    estimate = between.estimate
-    unseen = between.lost == 0 if between.lost is not None else estimate.low == estimate.high == 0
-    return estimate.low - 3 / between.n if unseen else estimate.low
+def _clearly_above(
+    between: Measured, needed: float = 0.0, significant: bool = True, reverse: bool = False
+) -> bool:
+    """Whether the whole interval of a - b lies above ``needed``, and so does every seed; and p is below .05, if asked.
+
+    Resampling pairs of which none speaks against a says nothing of those not seen: there the 95 % bound for something
+    that never happened in n trials is taken off, 3 / n. reverse: of b - a.
+    """
+    low, high, against = between.estimate.low, between.estimate.high, between.lost
+    seeds = list(between.by_seed.values())
+    if reverse:
+        low, high, against, seeds = -high, -low, between.won, [-seed for seed in seeds]
+    unseen = against == 0 if against is not None else low == high == 0
+    lowest = low - 3 / between.n if unseen else low
+    clear = not significant or between.p is None or between.p < _SIGNIFICANT
+    return lowest > needed and clear and all(seed > needed for seed in seeds)
 
 
 def incomparable(task: str, a: Sequence[FinishedCell], b: Sequence[FinishedCell]) -> str | None:
@@ -173,7 +192,8 @@ def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided
     """What our cells say of a claim. cells: the finished ones by name, one per seed.
 
     Confirmed: the whole interval of the difference lies on the claim's side, and so does every seed's own difference;
-    of "above", p is below .05, too, since the interval of a few users who differ is too short.
+    of "above", p is below .05, too, since the interval of a few users who differ is too short. a loses by the same
+    rule.
     The interval knows users, not trainings; one of several trainings that says the opposite is enough to doubt.
     a and b of the outcome are of the users and seeds that both answered for. Raises UserError where the cells cannot be
     compared (``incomparable``).
@@ -194,8 +214,19 @@ def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided
     a, b = a.join(b, on=keys, how="semi"), b.join(a, on=keys, how="semi")
     needed = 0.0 if claim.kind == "above" else -claim.margin
     agreeing = sum(value > needed for value in between.by_seed.values())
-    clear = claim.kind == "within" or between.p is None or between.p < _SIGNIFICANT
-    holds = _lowest(between) > needed and clear and agreeing == len(between.by_seed)
+    holds = _clearly_above(between, needed, significant=claim.kind == "above")
     nats = difference(rows(claim.a, LOG_LIKELIHOOD), rows(claim.b, LOG_LIKELIHOOD))
     verdict: Verdict = "confirmed" if holds else "not confirmed"
-    return Decided(claim, verdict, mean(a), mean(b), between, nats, agreeing)
+    weak = _not_beaten(claim, cells.get(claim.b.cell, ()), b) if claim.kind == "within" else None
+    return Decided(
+        claim, verdict, mean(a), mean(b), between, nats, agreeing, _clearly_above(between, reverse=True), weak
+    )
+
+
+def _not_beaten(claim: Claim, cells: Sequence[FinishedCell], b: pl.DataFrame) -> str | None:
+    """A baseline of b's cells that knows nothing of the user and that b is not above."""
+    for system in TRIVIAL:
+        lead = difference(b, per_user(cells, claim.task, system, claim.metric))
+        if lead is not None and not _clearly_above(lead):
+            return system
+    return None

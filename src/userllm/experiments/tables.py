@@ -8,6 +8,7 @@ from typing import Any
 from userllm.experiments.cells import FinishedCell
 from userllm.experiments.comparison import (
     LOG_LIKELIHOOD,
+    TRIVIAL,
     WEIGHTED_F1,
     Decided,
     Measured,
@@ -38,7 +39,10 @@ READING = (
     "A claim is confirmed where the whole 95 % interval of the paired difference lies on its side (where no user "
     "speaks against it, 3 / n is taken off: what was never seen may yet happen), where each seed's own difference lies "
     "there, too, and, if one side is to be above the other, where p is below .05. It is not confirmed otherwise, and "
-    "not run where a cell is missing or no user was asked in both. a and b are of the users of the difference.",
+    "not run where a cell is missing or no user was asked in both. It is the other way round, or a loses, by the same "
+    "rule. a and b are of the users of the difference.",
+    "To stay within a margin of a row that has learnt nothing is easy: where b is not above popularity or the majority "
+    "class, on the same users and by the same rule, that stands behind the verdict.",
     "Differences are paired: the same users under the same seed. Intervals are bootstrap intervals over users, each "
     "user's seeds averaged first; they know nothing of trainings, for which the seeds stand beside them (lowest to "
     "highest). Where a cell asks a sample of the users, each seed asks its own sample.",
@@ -51,7 +55,7 @@ READING = (
     "Nats: the difference in log-likelihood of the true answer. It shows effects that recall is too coarse for, and "
     "decides nothing.",
     "Its encoder alone: the encoder's own ranking after stage 1, without a language model; beside it the share of that "
-    "which User-LLM reaches.",
+    "which User-LLM reaches, where there was a stage 1.",
     "The papers' figures are of other data, another language model and another protocol; ROUGE they print times 100.",
 )
 """What a reader has to know of the tables."""
@@ -70,9 +74,12 @@ def kind_of(task: str, cells: Cells) -> str:
 
 def verdict_of(one: Decided) -> str:
     """The verdict in words."""
-    if one.verdict == "not confirmed" and one.difference is not None and one.difference.estimate.high < 0:
-        return one.verdict + (": the other way round" if one.claim.kind == "above" else ": it loses")
-    return one.verdict
+    said: str = one.verdict
+    if one.verdict == "not confirmed" and one.loses:
+        said += ": the other way round" if one.claim.kind == "above" else ": it loses"
+    if one.weak is not None:
+        said += f" (b is not above {label(one.weak, SYSTEMS).lower()})"
+    return said
 
 
 def claim_of(one: Decided) -> str:
@@ -124,6 +131,7 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
     base = {name: per_user(reference, task, "user_llm", name) for name in (main, LOG_LIKELIHOOD)}
     for cell in in_groups(experiment, cells):
         alone = per_user(cells[cell.name], task, "encoder", main)
+        pretrained = cells[cell.name][0].told["config"].get("pretrain") is not None
         for system in _systems(experiment, cell, task):
             own = {
                 name: per_user(cells[cell.name], task, system, name) for name in (*metrics, LOG_LIKELIHOOD)
@@ -146,7 +154,7 @@ def results(experiment: Experiment, task: str, cells: Cells) -> Table:
                     gain(nats),
                     str(against.n) if against else NOTHING,
                     value(mean(alone)) if ours else NOTHING,
-                    value(ratio(own[main], alone)) if ours else NOTHING,
+                    value(ratio(own[main], alone)) if ours and pretrained else NOTHING,
                     *(value(mean(own[metric])) for metric in metrics[1:]),
                     _published(cell, task, system),
                 ]
@@ -313,7 +321,8 @@ def average(values: Sequence[float]) -> float:
 
 
 def _systems(experiment: Experiment, cell: Cell, task: str) -> list[str]:
-    """User-LLM, and the other systems of a cell that claims or published figures are about."""
+    """User-LLM, and the other systems of a cell that claims or published figures are about; of the reference also what
+    knows nothing of the user."""
     claimed = (
         side.system
         for claim in experiment.claims
@@ -321,7 +330,8 @@ def _systems(experiment: Experiment, cell: Cell, task: str) -> list[str]:
         if claim.task == task and side.cell == cell.name
     )
     published = (place.system for place in cell.published if place.task == task)
-    return list(dict.fromkeys(("user_llm", *claimed, *published)))
+    trivial = TRIVIAL if cell.name == experiment.reference else ()
+    return list(dict.fromkeys(("user_llm", *claimed, *published, *trivial)))
 
 
 def _published(cell: Cell, task: str, system: str) -> str:
