@@ -262,7 +262,24 @@ class ContextualLM(nn.Module):
 
     @contextmanager
     def conditioned(self, users: UserContext) -> Iterator[UserContext]:
-        """The LM attends to these users inside the ``with`` block: R text rows, R a multiple of the users."""
+        """The LM attends to these users inside the ``with`` block: R text rows, R a multiple of the users. Other
+        threads' calls of it wait.
+
+        For calls of your own. Every token attends then, with ``attend="answer"``, too, where ``generate`` lets the
+        prompt's last one begin. Raises UserError where something of the users stands before the prompt, which such a
+        call would not read.
+        """
+        if users.prefix is not None:
+            raise UserError(
+                "something of these users stands before the prompt (soft prompts, or a history as text), and a call of "
+                "the language model would not read that; use generate, recommend or score"
+            )
+        with self.attending(users) as context:
+            yield context
+
+    @contextmanager
+    def attending(self, users: UserContext) -> Iterator[UserContext]:
+        """``conditioned`` for those who see to the users' prefix themselves."""
         with self.attachment.conditioned(users) as context:
             yield context
 
@@ -278,7 +295,7 @@ class ContextualLM(nn.Module):
             with self.without_user():
                 yield
         else:
-            with self.conditioned(users):
+            with self.attending(users):
                 yield
 
     @property
@@ -338,7 +355,7 @@ class ContextualLM(nn.Module):
         excluded: Tensor | None = None,
     ) -> Ranking:
         """The k best answers per user by constrained beam search; see ``decoding.beam_search.search_answers``."""
-        with torch.no_grad(), self.conditioned(users):
+        with torch.no_grad(), self.attending(users):
             texts = TextTreeInLM if self.reads_trees else TextInLM
             return search_answers(
                 texts(self, len(users), task, context=users),
@@ -423,13 +440,17 @@ class ContextualLM(nn.Module):
             return self._read_without_user(input_ids), None
         cache = DynamicCache(config=self.lm.config)
         text, mask = self.after_prefix(prefix, input_ids)
-        with self.conditioned_or_not(None if self.reads_ahead else users):
-            self.hidden(text, None, cache, mask)
+        if text.shape[1] > 0:
+            with self.conditioned_or_not(None if self.reads_ahead else users):
+                self.hidden(text, None, cache, mask)
         return cache, mask
 
     def after_prefix(self, prefix: Prefix, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [R, P + T - O, D] and mask of prefix and texts [R, T]; the O opening tokens lead the prefix."""
-        whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids[:, len(self.opening) :]))
+        """Embeddings [R, P + T - O, D] and mask of prefix and texts [R, T]; the O opening tokens lead the prefix,
+        and are left out of texts that begin with them."""
+        opening = self.opening
+        opened = torch.equal(input_ids[:, : len(opening)], opening.expand(len(input_ids), -1))
+        whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids[:, len(opening) * opened :]))
         return whole.embeddings, whole.mask
 
     def _read_without_user(self, input_ids: Tensor) -> DynamicCache:

@@ -54,15 +54,19 @@ class Event:
 
 @dataclass(frozen=True)
 class UserHistory:
-    """A user's events, oldest first. A user with no events is a legal user."""
+    """A user's events, oldest first, kept as a tuple. A user with no events is a legal user."""
 
     events: Sequence[Event]
     user: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for an event that is earlier than one before it: newest first would be read backwards."""
+        """Raise UserError for what is no event, and for an event that is earlier than one before it: newest first would
+        be read backwards."""
+        object.__setattr__(self, "events", tuple(self.events))  # an iterator would be used up here
         latest: Event | None = None
         for place, event in enumerate(self.events):
+            if not isinstance(event, Event):
+                raise UserError(f"events[{place}] is {repr(event)[:60]}; give Event(item)")
             if event.time is None:
                 continue
             if latest is not None and latest.time is not None and event.time < latest.time:

@@ -39,7 +39,6 @@ from userllm.saved_model import (
     fill_weights,
     package_version,
     read_description,
-    save_weights,
     saved_fusion,
     saved_reader,
     where_from,
@@ -47,6 +46,7 @@ from userllm.saved_model import (
 from userllm.serving.record import Kept, UserRecord, context_of, extend, last_time, remember, why_not_extended
 from userllm.serving.user_side import UserSide
 from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
+from userllm.tensor_file import give_usual_rights, save_tensors
 from userllm.text_in_lm import TextInLM
 
 TEXT_START = "text_start.safetensors"
@@ -108,7 +108,7 @@ class UserLLM(ContextualLM):
     @torch.no_grad()
     def encode(self, history: UserHistory) -> Tensor:
         """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen."""
-        embeddings, mask = self.encoder.eval()(self._batch([history]))
+        embeddings, mask = self.encoder.eval()(self._batch([_history(history)]))
         return embeddings[0][mask[0]]
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class UserLLM(ContextualLM):
         """
         self.eval()
         record, *_ = remember(
-            UserSide.of(self), self._batch([history]), [len(history)], [self._seen(history)],
+            UserSide.of(self), self._batch([_history(history)]), [len(history)], [self._seen(history)],
             Kept(keys_values, state),
         )  # fmt: skip
         record.user = history.user
@@ -198,8 +198,11 @@ class UserLLM(ContextualLM):
         return lists[0] if isinstance(history, UserHistory | UserRecord) else lists
 
     def recommend_without_user(self, k: int = 10, *, task: str = "next_item") -> list[Recommendation]:
-        """What the base LM, knowing nobody, finds most likely among the same answers."""
+        """What the LM, knowing nobody, finds most likely among the same answers: the base LM, if its own weights were
+        not trained. Raises UserError as ``recommend``."""
         asked = self._task(task)
+        if k < 1:
+            raise UserError(f"k is {k}; ask for at least one answer")
         scores, best = self.eval().all_log_likelihoods(task, None).topk(min(k, len(asked.answers)))
         return [
             self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)
@@ -221,6 +224,8 @@ class UserLLM(ContextualLM):
         texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
         """
         asked = self._answers_of(self._task(task), items)
+        if block < 1:
+            raise UserError(f"block is {block}; at least one text is advanced at once")
         alone, histories = isinstance(history, UserHistory | UserRecord), _users(history)
         scores = torch.empty(0, len(asked))
         if histories:
@@ -244,6 +249,8 @@ class UserLLM(ContextualLM):
         chat: put the prompt into the LM's chat template. The decoding settings are these and no others: the LM's own
         generation_config is not consulted.
         """
+        if not isinstance(prompt, str):
+            raise UserError(f"the prompt is {repr(prompt)[:60]}; give one text")
         TextDecoding(max_new_tokens, sample=do_sample, temperature=temperature).check()
         if num_beams < 1:
             raise UserError(f"num_beams is {num_beams}; it must be at least 1")
@@ -270,7 +277,7 @@ class UserLLM(ContextualLM):
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        users = None if history is None else self.users([history])
+        users = None if history is None else self.users([_one(history)])
         if self.has_encoder:
             settings.decoder_start_token_id = decoder_start(self.lm)
             source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
@@ -293,12 +300,12 @@ class UserLLM(ContextualLM):
         self, inputs: Mapping[str, Any], settings: GenerationConfig, users: UserContext | None, read: int
     ) -> str:
         """What transformers writes, without the ``read`` tokens it repeats."""
-        shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
-        try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
-            with self.conditioned_or_not(users):
+        with self.conditioned_or_not(users):  # no other thread's turn meanwhile
+            shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
+            try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
                 output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
-        finally:
-            self.lm.generation_config = shipped
+            finally:
+                self.lm.generation_config = shipped
         return str(self.tokenizer.decode(output[0, read:], skip_special_tokens=True))
 
     @torch.no_grad()
@@ -320,9 +327,9 @@ class UserLLM(ContextualLM):
             )
         self._task(task)
         self.eval()
-        users = self.context(self._batch([history]))
+        users = self.context(self._batch([_history(history)]))
         users.recorded = {}
-        with self.conditioned(users):
+        with self.attending(users):
             TextInLM(self, 1, task, context=users).start(self.answers[task].prompt_ids)
         gates = {index: abs(value) for index, value in self.gates.items()}
         whole = sum(gates.values())
@@ -416,8 +423,8 @@ class UserLLM(ContextualLM):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             partial = Path(scratch) / "model"
             partial.mkdir()
-            save_weights(self.encoder.state_dict(), partial / "encoder.safetensors")
-            save_weights(self.fusion_weights(), partial / "fusion.safetensors")
+            save_tensors(self.encoder.state_dict(), partial / "encoder.safetensors")
+            save_tensors(self.fusion_weights(), partial / "fusion.safetensors")
             if self.text_start is not None:
                 self.text_start.save(partial / TEXT_START)
             if isinstance(self.encoder, TextEncoder):
@@ -450,6 +457,7 @@ class UserLLM(ContextualLM):
                 "run": self.run,
             }
             write_description(partial, description, name or folder.name)
+            give_usual_rights(partial, partial / "config.json")
             if folder.exists():
                 folder.rename(Path(scratch) / "replaced")
             partial.rename(folder)
@@ -492,23 +500,30 @@ class UserLLM(ContextualLM):
     ) -> UserLLM:
         """Load what ``save_pretrained`` wrote: a folder, or a model on the Hugging Face hub by its id, OWNER/NAME.
 
-        lm: where the language model is, if not where it was. encoder: an encoder of your own, which userllm cannot
-        build; it gets the saved weights. revision, token: of a model on the hub (a folder of that name comes first).
+        lm: where the language model is, if not where it was; of a model of strategy full it lies in the folder.
+        encoder: an encoder of your own, which userllm cannot build; it gets the saved weights. revision, token: of a
+        model on the hub (a folder of that name comes first).
         Raises UserError where the folder is no model, the hub cannot be reached or refuses, the language model's
-        weights are not the ones the model was trained with, or encoder or vocabulary does not fit.
+        weights are not the ones the model was trained with, another one is given to a model of strategy full, or
+        encoder or vocabulary does not fit.
         """
         if not Path(folder).exists() and is_repo_id(str(folder)):
             folder = download(str(folder), revision, token)
         folder = Path(folder)
         file, saved = folder / "config.json", read_description(folder)
         strategy: Strategy = saved["strategy"]
-        where = lm or (str(folder / "lm") if strategy == "full" else saved["lm"]["name"])
+        if strategy == "full" and lm is not None:
+            raise UserError(
+                f"{file}: its language model was trained with it and lies in {folder / 'lm'}; leave out lm, which is "
+                f"{lm!r}"
+            )
+        where = str(folder / "lm") if strategy == "full" else lm or saved["lm"]["name"]
         products = saved["lm"].get("products", "float32")  # older folders do not say
         asked = LanguageModelConfig(name=where, dtype=saved["lm"]["dtype"], products=products)
         if where == saved["lm"]["name"]:
             asked.revision = saved["lm"].get("revision")  # folders written by userllm 0.1.0 do not say
         base, tokenizer, reference = load(asked)
-        if strategy == "full" and lm is None:  # where the LM came from, not where it was put
+        if strategy == "full":  # where the LM came from, not where it was put
             origin = saved["lm"]
             told = {key: origin.get(key) for key in ("name", "source", "sha256", "revision")}
             reference = replace(reference, **told)
@@ -589,3 +604,19 @@ def _users(
             "of these"
         )
     return list(several)
+
+
+def _one(who: UserHistory | UserRecord) -> UserHistory | UserRecord:
+    """One user. Raises UserError for several, or anything else."""
+    if isinstance(who, UserHistory | UserRecord):
+        return who
+    raise UserError(
+        f"{repr(who)[:60]} is not one user; give a UserHistory, or what remember or a store keeps of one"
+    )
+
+
+def _history(who: UserHistory) -> UserHistory:
+    """One user's history. Raises UserError for anything else."""
+    if isinstance(who, UserHistory):
+        return who
+    raise UserError(f"{repr(who)[:60]} is no history; give a UserHistory")

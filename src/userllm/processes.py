@@ -41,7 +41,7 @@ def start() -> None:
     on its machine; without one, CPUs talk through gloo. Raises UserError for more processes than accelerators.
     """
     global _group
-    if _group is not None or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _group is not None or launched() < 2:
         return
     if not dist.is_initialized():
         dist.init_process_group(_backend())
@@ -50,6 +50,11 @@ def start() -> None:
     _group = group
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def launched() -> int:
+    """How many processes a launcher started, by what it says to each; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def stop() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from userllm.data.collation import HistoryCollator
@@ -126,11 +126,6 @@ def _spelt(field: FieldShape | None) -> str:
 def file_sha256(file: Path) -> str:
     """Of a whole file, in hex."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """As one safetensors file."""
-    save_file({name: value.detach().contiguous() for name, value in weights.items()}, file)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

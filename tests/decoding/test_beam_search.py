@@ -206,3 +206,11 @@ def test_a_distribution_over_answers_becomes_one_over_children(answers, seed):
         below = tree.order[tree.low[child] : tree.high[child]]
         around = tree.order[tree.low[inner[row]] : tree.high[inner[row]]]
         assert mass == pytest.approx(float(p[1, below].sum() / p[1, around].sum()), abs=1e-5)
+
+
+@given(answer_sets, st.data(), st.integers(1, 5), st.sampled_from(["catalogue", "vocabulary"]))
+def test_no_beam_is_spent_on_what_leads_to_excluded_answers_alone(answers, data, k, normalization):
+    flags = st.lists(st.booleans(), min_size=len(answers), max_size=len(answers))
+    excluded = torch.tensor([data.draw(flags), data.draw(flags)])
+    found, _ = search(answers, 2, normalization, k, k, excluded)
+    assert (found.answers >= 0).sum(1).tolist() == (~excluded).sum(1).clamp(max=k).tolist()

@@ -146,7 +146,7 @@ def test_a_source_may_name_several_tables():
     ("text", "said"),
     [
         ("title: x", "not an experiment"),
-        ("titel: x", "unknown key titel"),
+        ("titel: x", "unknown key 'titel'"),
         ("- 1", "not an experiment"),
     ],
 )
@@ -162,3 +162,65 @@ def test_an_unknown_experiment():
         load_experiment("nothing")
     with pytest.raises(UserError, match="no experiment"):
         load_experiment("paper")
+
+
+OWN = """
+title: mine
+question: which?
+like: family
+reference: one
+cells:
+  one: {label: one, group: a}
+  two: {label: two, group: a, settings: [fusion.layers=last:1]}
+claims:
+  - {text: so, source: ours, task: next_item, metric: recall@10, a: one, b: two}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("settings: [", "setings: [", r"cells\.two: unknown key 'setings'"),
+        ("settings: [fusion.layers=last:1]", "settings: a=b", r"cells\.two\.settings: give a list of texts"),
+        ("settings: [", "at: {somke: []}, settings: [", r"cells\.two\.at\.somke: no such scale"),
+        ("  two:", "  one:", "'one' is given twice"),
+        ("  two:", "  2:", "names are texts"),
+        ("like: family", "like: family\nbase: {}", "leave out like, or base"),
+        ("like: family", "like: mine.yaml", "is like itself"),
+        (
+            "like: family",
+            "like: family\nscales: {cpu: {settings: [], seed: [0]}}",
+            r"scales\.cpu: unknown key",
+        ),
+        ("like: family", "like: family\nredoes: v1 T13", "redoes: give a list of texts"),
+        ("like: family", "like: family\nredoes: [v1 T99]", "redoes: no table 'v1 T99'"),
+        ("like: family", "like: family\nnotes: [a: b]", "notes: give a list of texts"),
+        ("b: two}", "b: two, kind: witin}", r"claims\[0\]: kind is 'witin'"),
+        ("b: two}", "b: two, margin: lots}", r"claims\[0\]: margin is 'lots'"),
+        ("task: next_item", "task: nextitem", r"claims\[0\]: no task 'nextitem'"),
+        ("fusion.layers=last:1", "seed=1", r"cells\.two: seed is not set here"),
+        (
+            "group: a}\n  two",
+            "group: a, paper: {next_item: [v1 T2, x, y]}}\n  two",
+            r"cells\.one\.paper: .* no row 'x'",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_fail_later_is_refused(tmp_path, old, new, said):
+    file = tmp_path / "mine.yaml"
+    file.write_text(OWN)
+    assert load_experiment(str(file)).called == str(file)
+    assert old in OWN
+    file.write_text(OWN.replace(old, new))
+    with pytest.raises(UserError, match=said) as refused:
+        load_experiment(str(file))
+    assert str(file) in str(refused.value) or "seed is not set" in str(refused.value)
+
+
+def test_an_experiment_may_be_like_one_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text(OWN)
+    (tmp_path / "other.yaml").write_text(OWN.replace("like: family", "like: mine.yaml"))
+    other, mine = (load_experiment(str(tmp_path / name)) for name in ("other.yaml", "mine.yaml"))
+    assert other.settings("two", "cpu", 0) == mine.settings("two", "cpu", 0)
+    with pytest.raises(UserError, match="--set: seed is not set here; seeds are given by --seeds"):
+        mine.settings("two", "cpu", 0, ["seed=5"])

@@ -1,10 +1,12 @@
 import json
 import shutil
+from threading import Thread
 
 import pytest
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 
 import userllm
 from userllm.cli import main
@@ -240,7 +242,7 @@ def test_the_pace_is_what_the_steps_of_the_reference_take(done, tmp_path):
     steps = reference.metrics["training"]["steps"]
     whole = runner.measured_pace(FAMILY, "smoke", QUICK)
     assert whole.steps == steps and whole.here > 0
-    assert whole.there == pytest.approx(reference.told["stages"]["contextualize"]["cpu_seconds"])
+    assert whole.there == pytest.approx(reference.metrics["training"]["seconds"])
     assert whole.factor == pytest.approx(whole.here / whole.there)
     one = runner.measured_pace(FAMILY, "smoke", QUICK, steps=1)
     assert (one.steps, one.there) == (1, pytest.approx(whole.there / steps))
@@ -360,3 +362,62 @@ def test_a_cell_that_another_runner_did_in_the_meantime_is_not_done_again(done, 
     failed = runner.run([FAMILY], "smoke", only=["reference", "proj"], extra=QUICK)
     assert [name.split("-")[1] for name in failed] == ["reference"]
     assert len(calls) == 1 and "in the meantime" in said[-1]
+
+
+def test_ctrl_c_is_the_end_of_every_job(tmp_path, monkeypatch):
+    """A process that was interrupted is no failed cell, and nothing is started after it."""
+    calls = []
+
+    def interrupted(command, output):
+        calls.append(command)
+        return 130
+
+    monkeypatch.setattr("userllm.experiments.runner.in_own_process", interrupted)
+    said = []
+    runner = Runner(tmp_path, lambda _: 1, say=said.append, jobs=2)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([FAMILY], "smoke", only=["reference", "proj", "mlp"], extra=QUICK)
+    assert len(calls) == 1  # the second one waited for the stage 1 that they share
+    assert not any("failed" in line for line in said)
+
+
+def test_two_runners_do_a_cell_once(done, tmp_path):
+    """The second one waits for the first, and finds the cell."""
+    settings = FAMILY.settings("proj", "smoke", 0, QUICK)
+    cell = CellStore(done[0]).find(settings_hash(settings))
+    said, calls = [], []
+    runner = Runner(tmp_path, lambda arguments: calls.append(arguments) or 1, say=said.append)
+    (tmp_path / "work").mkdir()
+    second = Thread(target=runner.run, args=([FAMILY], "smoke", None, ["proj"], QUICK))
+    with FileLock(tmp_path / "work" / f"{cell.file.stem}.lock"):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive() and said == []
+        shutil.copytree(done[0] / "cells", tmp_path / "cells")
+    second.join(20)
+    assert calls == [] and "done by another runner" in said[0]
+
+
+def test_a_cell_with_half_its_numbers_is_named(done, tmp_path):
+    shutil.copytree(done[0] / "cells", tmp_path / "cells")
+    cell = CellStore(tmp_path).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
+    whole = cell.file.with_suffix(".parquet").read_bytes()
+    cell.file.with_suffix(".parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{cell.file.stem}\.parquet: cannot be read .* run it again"):
+        write_experiment_report(FAMILY, "smoke", tmp_path, extra=QUICK)
+    cell.file.write_text('{"format_version": 1}')
+    with pytest.raises(UserError, match=rf"{cell.file.stem}\.json: not a whole cell"):
+        write_experiment_report(FAMILY, "smoke", tmp_path, extra=QUICK)
+
+
+def test_a_launcher_of_several_processes_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["experiments", "run", "family", "--out", str(tmp_path)]) == 2
+    assert "several cells at a time are --jobs N" in capsys.readouterr().err
+
+
+def test_every_cells_settings_are_checked_before_the_first_runs(tmp_path, capsys):
+    command = ["experiments", "run", "family", "--scale", "smoke", "--out", str(tmp_path)]
+    assert main([*command, "--only", "reference", "dual", "--set", "encoder.positions=learned"]) == 2
+    assert "family, cell dual: " in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

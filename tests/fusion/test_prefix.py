@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_written_out_sequence(make_user_llm, dataset, st
             whole = torch.cat([before, model.lm.get_input_embeddings()(ids)])
             alone = users.select(torch.tensor([row]))
             cut = len(before) + len(closed.prompt_ids) - len(model.opening) - 1
-            with model.conditioned(alone):
+            with model.attending(alone):
                 if model.reads_ahead:  # nothing before the prompt's last token may attend to the user
                     for block in model.attachment.blocks.values():
                         block.register_forward_hook(
@@ -113,7 +113,7 @@ def test_generation_continues_the_written_out_sequence(make_user_llm, dataset, v
         return
     users = model.context(model.collator.from_histories([history], max_length=8)[0])
     ids = model.tokenizer("The user likes", return_tensors="pt")["input_ids"]
-    with torch.no_grad(), model.conditioned(users):
+    with torch.no_grad(), model.attending(users):
         for _ in range(5):
             whole = users.prefix.then(model.lm.get_input_embeddings()(ids[:, len(model.opening) :]))
             hidden = model.lm.get_decoder()(inputs_embeds=whole.embeddings).last_hidden_state
@@ -239,3 +239,15 @@ def test_texts_of_the_events_are_shown_where_asked_for(make_user_llm, stored):
     histories.texts = None
     with pytest.raises(UserError, match=r"nothing is known of these histories' texts \(text\)"):
         written(model, histories, [0], [6], config)
+
+
+def test_a_text_that_does_not_begin_as_the_tokenizer_would_loses_nothing(make_user_llm, dataset):
+    """A chat template may leave out the token that opens a text."""
+    model = model_of(make_user_llm, "text")
+    users = model.context(model.collator.from_histories([dataset.history(7)], max_length=8)[0])
+    ids = torch.tensor([[70, 71, 72]])
+    model._opening = [3]
+    before = users.prefix.embeddings.shape[1]
+    for text in (ids, torch.cat([torch.tensor([[3]]), ids], dim=1)):
+        whole, _ = model.after_prefix(users.prefix, text)
+        assert torch.equal(whole[:, before:], model.lm.get_input_embeddings()(ids))

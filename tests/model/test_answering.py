@@ -1,6 +1,7 @@
 """What a person asks of a model: recommend, generate, encode, explain; for any history."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 from userllm.fusion.cross_attention import CrossAttentionConfig
+from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 
 
@@ -284,3 +286,71 @@ def test_chat_uses_the_template_as_it_is(make_user_llm, dataset, monkeypatch):
     monkeypatch.setattr(model, "tokenizer", spoken)
     model.generate("Hello", dataset.history(7), chat=True, max_new_tokens=1)
     assert seen[1].tolist() == seen[0].tolist()
+
+
+def test_threads_do_not_get_each_others_users(make_user_llm, dataset):
+    model = make_user_llm()
+    histories = [dataset.history(7), dataset.history(2)]
+    alone = [(model.score(one), model.generate("The user likes", one, max_new_tokens=4)) for one in histories]
+
+    def ask(number):
+        return [
+            torch.allclose(model.score(histories[number]), alone[number][0], atol=1e-4)
+            and model.generate("The user likes", histories[number], max_new_tokens=4) == alone[number][1]
+            for _ in range(8)
+        ]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, [0, 1])) == [[True] * 8] * 2
+
+
+@pytest.mark.parametrize("prompt", [None, ["a", "b"], 3])
+def test_a_prompt_that_is_no_text(model, prompt):
+    with pytest.raises(UserError, match="give one text"):
+        model.generate(prompt, None)
+
+
+def test_what_is_not_one_user(model, dataset):
+    several = [dataset.history(7)]
+    with pytest.raises(UserError, match="is not one user"):
+        model.generate("a", several)
+    for ask in (model.encode, model.remember, model.explain):
+        with pytest.raises(UserError, match="is no history; give a UserHistory"):
+            ask(several)
+
+
+def test_numbers_that_cannot_be(model, dataset):
+    with pytest.raises(UserError, match="k is -1"):
+        model.recommend_without_user(-1)
+    with pytest.raises(UserError, match="block is 0"):
+        model.score(dataset.history(7), block=0)
+
+
+def test_a_history_may_come_from_an_iterator(model):
+    events = [Event("m1"), Event("m2")]
+    history = UserHistory(event for event in events)
+    assert len(history) == 2 and history == UserHistory(events)
+    with pytest.raises(UserError, match=r"events\[0\] is 'm1'; give Event\(item\)"):
+        UserHistory(["m1"])
+
+
+def test_calls_of_ones_own_are_refused_where_they_would_miss_the_prefix(make_user_llm, dataset):
+    for model in (
+        make_user_llm(kind="soft_prompt"),
+        make_user_llm(text=HistoryTextConfig(events=3)),
+        make_user_llm("lora", kind="none", text=HistoryTextConfig(events=3)),
+    ):
+        users = model.users([dataset.history(7)])
+        with (
+            pytest.raises(UserError, match="something of these users stands before the prompt"),
+            model.conditioned(users),
+        ):
+            pass
+
+
+def test_a_prompt_of_one_token_and_no_history(make_user_llm):
+    model = make_user_llm("lora", kind="none", text=HistoryTextConfig(events=3, lead="", close=""))
+    nobody = UserHistory([])
+    token = model.tokenizer.decode([40])
+    assert len(model.tokenizer(token, add_special_tokens=True)["input_ids"]) == 1
+    assert model.generate(token, nobody, max_new_tokens=3) == model.generate(token, None, max_new_tokens=3)

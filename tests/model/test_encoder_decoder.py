@@ -49,7 +49,7 @@ def whole_log_likelihood(model, users, prompt, answer):
         model.tokenizer.eos_token_id,
     ]
     decoder = torch.tensor([[0, *tokens[:-1]]])
-    with model.without_user() if users is None else model.conditioned(users):
+    with model.without_user() if users is None else model.attending(users):
         logits = model.lm(inputs_embeds=embedded, decoder_input_ids=decoder).logits[0]
     return tokens, F.log_softmax(logits, -1)
 
@@ -114,7 +114,7 @@ def test_without_a_user_it_is_the_base_lm(make_user_llm, stored, fusion):
             base(input_ids=ids, decoder_input_ids=start).logits,
         )
     if fusion == "cross-attention":  # every gate is at 0
-        with model.conditioned(model.context(stored.batch([(7, 0, 6)]))):
+        with model.attending(model.context(stored.batch([(7, 0, 6)]))):
             assert torch.equal(
                 model.lm(input_ids=ids, decoder_input_ids=start).logits,
                 base(input_ids=ids, decoder_input_ids=start).logits,

@@ -59,7 +59,7 @@ def next_logits(model, prompt, tokens, user):
         return torch.cat([args[0][:, :blind], out[:, blind:]], dim=1)
 
     hooks = [b.register_forward_hook(only_the_answer_attends) for b in model.attachment.blocks.values()]
-    with model.conditioned(user):
+    with model.attending(user):
         hidden = model.lm.get_decoder()(inputs_embeds=whole).last_hidden_state[0]
     for hook in hooks:
         hook.remove()
@@ -211,7 +211,7 @@ def test_a_text_does_not_end_before_its_least_tokens(make_user_llm, users, least
     try:
         decoding = TextDecoding(max_new_tokens=6, min_new_tokens=least)
         written = model.write_texts(PROMPTS[:1], alone(everyone, 0), decoding)[0]
-        with model.conditioned(alone(everyone, 0)), torch.no_grad():
+        with model.attending(alone(everyone, 0)), torch.no_grad():
             tokens = model.lm.generate(
                 input_ids=read,
                 max_new_tokens=6,

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from userllm import saved_model
+from userllm import tensor_file
 from userllm.errors import UserError
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
@@ -154,7 +154,7 @@ def test_saving_replaces_a_model_and_nothing_else(make_user_llm, dataset, tmp_pa
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(saved_model, "save_file", full_disk)
+    monkeypatch.setattr(tensor_file, "save_file", full_disk)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(OSError, match="No space"):
             first.save_pretrained(target)
@@ -170,9 +170,26 @@ def saved(make_user_llm, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("strategy", ["enc", "lora", "full"])
+def test_whoever_may_read_the_rest_may_read_the_weights(make_user_llm, tmp_path, strategy):
+    make_user_llm(strategy).save_pretrained(tmp_path / "model")
+    usual = (tmp_path / "model" / "config.json").stat().st_mode
+    weights = list((tmp_path / "model").rglob("*.safetensors"))
+    assert len(weights) == (2 if strategy == "enc" else 3)
+    assert {file.stat().st_mode for file in weights} == {usual}
+
+
 def test_another_lm_is_refused(saved):
     with pytest.raises(UserError, match=r"trained with tiny-random-llama .* tiny-random-gpt2 has sha256"):
         UserLLM.from_pretrained(saved, lm="tiny-random-gpt2")
+
+
+def test_a_trained_lm_is_not_replaced(make_user_llm, tmp_path):
+    make_user_llm(strategy="full").save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        UserError, match=r"was trained with it and lies in .* leave out lm, which is 'tiny-random-llama'"
+    ):
+        UserLLM.from_pretrained(tmp_path / "model", lm="tiny-random-llama")
 
 
 def test_what_is_no_model_is_refused(saved, tmp_path):

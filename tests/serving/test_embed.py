@@ -64,7 +64,8 @@ def test_answers_from_a_store_are_those_of_the_histories(
     assert [len(record) for record in records] == [len(history) for history in histories]
     expected = model.score(histories)
     torch.testing.assert_close(model.score(records), expected, atol=1e-4, rtol=1e-4)
-    with model.conditioned(again.context(users, model)):
+    context = again.context(users, model)
+    with model.attending(context) if model.config.has_prefix else model.conditioned(context):
         pass
     lists = zip(model.recommend(records, 4), model.recommend(histories, 4), strict=True)
     assert all([a.item for a in ours] == [a.item for a in theirs] for ours, theirs in lists)

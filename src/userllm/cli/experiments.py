@@ -137,7 +137,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Every missing cell. Raises UserError at the end where some failed, and at once where ``--set`` cannot be."""
+    """Every missing cell. Raises UserError at the end where some failed, and at once where settings cannot be."""
     from userllm.cli.configuration import checked_config
     from userllm.experiments.definition import experiment_names, load_experiment
     from userllm.experiments.runner import Runner
@@ -152,10 +152,14 @@ def run(arguments: argparse.Namespace) -> None:
     if names == ["all"]:
         names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
     experiments = [load_experiment(name) for name in names]
-    for experiment in experiments if arguments.set else ():
-        cell = experiment.cell((arguments.only or [*experiment.cells])[0])
-        settings = experiment.settings(cell.name, arguments.scale, 0, arguments.set)
-        checked_config(settings, f"{experiment.name}, cell {cell.name}")
+    _check_alone("run")
+    for experiment in experiments:
+        checked = bool(arguments.set) or experiment.called != experiment.name  # those that ship are
+        for cell in (
+            (arguments.only or experiment.cells) if checked else ()
+        ):  # before hours go into the first ones
+            settings = experiment.settings(cell, arguments.scale, 0, arguments.set)
+            checked_config(settings, f"{experiment.called}, cell {cell}")
     runner = Runner(
         arguments.out,
         _launch(arguments.scale),
@@ -175,6 +179,7 @@ def pace(arguments: argparse.Namespace) -> None:
 
     if arguments.steps is not None and arguments.steps < 1:
         raise UserError(f"--steps is {arguments.steps}; it must be at least 1")
+    _check_alone("pace")
     experiment = load_experiment(arguments.name)
     measured = Runner(arguments.out, _launch(arguments.scale)).measured_pace(
         experiment, arguments.scale, arguments.set, arguments.steps, arguments.cell
@@ -184,6 +189,16 @@ def pace(arguments: argparse.Namespace) -> None:
         f"stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "
         f"seconds here and {measured.there:,.0f} on {measured.hardware}\n--pace {measured.factor:.2f}"
     )
+
+
+def _check_alone(action: str) -> None:
+    """Raises UserError among processes that a launcher started: each would do every cell, and wait for the others."""
+    from userllm import processes
+
+    if (count := processes.launched()) > 1:
+        raise UserError(
+            f"experiments {action} is one process, and a launcher started {count}; several cells at a time are --jobs N"
+        )
 
 
 def _launch(scale: str) -> Launch:

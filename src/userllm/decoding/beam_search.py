@@ -50,12 +50,15 @@ def search_answers(
     """The k best answers for each of B = ``users`` users by beam search on the trie.
 
     beams: hypotheses kept per user and step (default k). excluded: [B, N] bool, answers never to give (items already
-    in the history); they are passed over, the others' scores do not change. advice: see ``ClosedAnswers.choices``; the
-    nodes it is given are as many for every user, user by user.
+    in the history); they and beginnings that lead to no others are passed over, the others' scores do not change.
+    advice: see ``ClosedAnswers.choices``; the nodes it is given are as many for every user, user by user.
     """
     tree, device = answers.tree, answers.prompt_ids.device
     beams = k if beams is None else beams
     whole = answers.normalization == "vocabulary"
+    left = None  # [B, N + 1]: answers that may be given before each place of the tree's order
+    if excluded is not None:
+        left = torch.nn.functional.pad((~excluded)[:, tree.order].long().cumsum(1), (1, 0))
     done_answer = torch.full((users, k), -1, dtype=torch.long, device=device)
     done_score = torch.full((users, k), -torch.inf, device=device)
     width = 1
@@ -75,8 +78,9 @@ def search_answers(
         user = rows // width
         ended = tree.child_count[children] == 0 if whole else tree.is_single(children)
         answer = tree.order[tree.low[children]]
-        if excluded is not None:
-            total = total.masked_fill(ended & excluded[user, answer], -torch.inf)
+        if left is not None:  # where nothing below may be given, a beam would be wasted
+            none = left[user, tree.high[children]] == left[user, tree.low[children]]
+            total = total.masked_fill(none, -torch.inf)
         grid, filled = _by_user(user, users)
         flat_total = torch.where(filled, total[grid], -torch.inf)
         is_end = ended[grid] & filled

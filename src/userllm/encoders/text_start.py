@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from userllm.errors import UserError
+from userllm.tensor_file import save_tensors
 
 
 class TextStart:
@@ -54,7 +55,7 @@ class TextStart:
 
     def save(self, file: Path) -> None:
         """Write as safetensors."""
-        save_file({"mean": self.mean, "components": self.components}, file)
+        save_tensors({"mean": self.mean, "components": self.components}, file)
 
     @classmethod
     def load(cls, file: Path) -> TextStart:

@@ -110,7 +110,7 @@ def knowledge_kept(
     each = []
     for user in range(len(users)):
         alone = users.select(torch.tensor([user], device=users.tokens.device))
-        with model.conditioned(alone):
+        with model.attending(alone):
             each.append(read_text(model.lm, *how, prefix=alone.prefix))
     with_users = Reading(sum(one.nats_per_token for one in each) / len(each), before.tokens)
     return {

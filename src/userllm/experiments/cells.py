@@ -23,6 +23,9 @@ from userllm.errors import UserError
 from userllm.json_file import read_object
 
 FORMAT_VERSION = 1
+_TOLD = ("settings", "config", "metrics")
+"""What a cell's JSON file holds at least."""
+_AGAIN = "remove the cell's two files and run it again"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,17 @@ class FinishedCell:
 
 @lru_cache(maxsize=512)
 def _read(file: Path, _changed: int) -> pl.DataFrame:
-    return pl.read_parquet(file)
+    try:
+        frame = pl.read_parquet(file)
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{file}: cannot be read ({_first_line(error)}); {_AGAIN}") from error
+    if missing := [name for name in ("task", "user", "system") if name not in frame.columns]:
+        raise UserError(f"{file}: has no column {missing[0]}; {_AGAIN}")
+    return frame
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 class CellStore:
@@ -78,18 +91,20 @@ class CellStore:
     def find(self, settings_hash: str) -> FinishedCell | None:
         """The cell with these settings. Raises UserError where its file is damaged."""
         for file in sorted(self.folder.glob(f"*-{settings_hash}.json")):
-            told = read_object(file, "remove it and run the cell again")
-            if told.get("format_version") != FORMAT_VERSION or not file.with_suffix(".parquet").is_file():
-                raise UserError(f"{file}: not a whole cell of this version; remove it and run the cell again")
+            told = read_object(file, _AGAIN)
+            whole = told.get("format_version") == FORMAT_VERSION and all(key in told for key in _TOLD)
+            if not whole or not file.with_suffix(".parquet").is_file():
+                raise UserError(f"{file}: not a whole cell of this version; {_AGAIN}")
             return FinishedCell(file, told)
         return None
 
     def store(self, name: str, told: dict[str, Any], per_user: Path) -> FinishedCell:
-        """Write a cell; its JSON file, which makes it a cell, comes last and whole."""
+        """Write a cell; its JSON file, which makes it a cell, comes last. Both appear whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.json"
-        shutil.copyfile(per_user, file.with_suffix(".parquet"))
         partial = file.with_suffix(".partial")
+        shutil.copyfile(per_user, partial)
+        os.replace(partial, file.with_suffix(".parquet"))
         told = {"format_version": FORMAT_VERSION} | told
         partial.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, file)

@@ -4,8 +4,9 @@ Each experiment is a YAML file in this folder, or anyone's own:
 
     title, question        one line each
     redoes: [TABLE, ...]   the papers' tables that stand beside it (optional)
-    like: NAME             take base, scales and notes from another experiment (optional)
-    base: {...}            a run configuration
+    like: NAME             take base, scales and notes from another experiment, or from a YAML file beside this one
+                           (optional)
+    base: {...}            a run configuration (without like)
     scales: {cpu: {settings: [a.b=c, ...], seeds: [0]}, ...}
     reference: CELL        the cell that the others are compared with
     cells: {NAME: {label, group, settings, at: {SCALE: [a.b=c]}, paper: {PLACE: [TABLE, ROW, COLUMN]}}}
@@ -22,16 +23,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from userllm.errors import UserError
-from userllm.overrides import override
+from userllm.experiments.paper import paper_figure, paper_tables
+from userllm.overrides import override, read_yaml
 
 SCALES = ("smoke", "cpu", "gpu")
 
@@ -137,10 +137,14 @@ class Experiment:
     """Cells that make one line of a figure of score against history length."""
     redoes: tuple[str, ...] = ()
     """Tables of paper.yaml."""
+    called: str = ""
+    """What the command line names it by: its name, or its file."""
 
     def settings(self, cell: str, scale: str, seed: int, extra: Sequence[str] = ()) -> dict[str, Any]:
         """The run configuration of a cell, as plain values; ``extra`` settings come last."""
         chosen, size = self.cell(cell), self.scale(scale)
+        for text in extra:
+            _not_a_seed(text, "--set")
         settings = copy.deepcopy(dict(self.base)) | {"seed": seed}
         for text in (*size.settings, *chosen.settings, *chosen.at.get(scale, ()), *extra):
             override(settings, text)
@@ -174,68 +178,138 @@ def experiment_names() -> list[str]:
 
 def load_experiment(name: str) -> Experiment:
     """An experiment by name, or from a YAML file of one's own. Raises UserError for an unknown or malformed one."""
-    file = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name}.yaml"
-    if file.stem == "paper" or not file.is_file():
+    file = Path(name) if _is_file(name) else Path(__file__).parent / f"{name}.yaml"
+    if name == "paper" or not file.is_file():
         raise UserError(
             f"no experiment {name!r}; there are {', '.join(experiment_names())}, or give a YAML file"
         )
     return _load(file, file.stat().st_mtime_ns)
 
 
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
 @cache
 def _load(file: Path, _changed: int) -> Experiment:
     """Experiments take cells from one another, so a file is asked for many times."""
     try:
-        told = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return _experiment(file.stem, told)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file}: not an experiment ({type(error).__name__}: {error})") from error
+        return _experiment(file, read_yaml(file, "experiment"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{file}: not an experiment: {reason}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: is like itself, by way of the experiments it names") from error
 
 
-def _experiment(name: str, told: dict[str, Any]) -> Experiment:
-    known = {one.name for one in fields(Experiment)} - {"name"} | {"like"}
-    if unknown := set(told) - known:
-        raise ValueError(f"unknown key {min(unknown)}")
-    like = load_experiment(told["like"]) if "like" in told else None
-    base = told["base"] if like is None else like.base
+def _experiment(file: Path, told: Any) -> Experiment:
+    _only(told, {one.name for one in fields(Experiment)} - {"name", "called"} | {"like"}, "the file")
+    here = file.parent
+
+    def other(name: str) -> Experiment:
+        return load_experiment(str(here / name) if _is_file(name) else name)
+
+    like = other(told["like"]) if "like" in told else None
+    if like is not None and "base" in told:
+        raise ValueError(f"base: it is that of {told['like']}; leave out like, or base")
     scales = {} if like is None else dict(like.scales)
     for scale, size in told.get("scales", {}).items():
-        if scale not in SCALES:
-            raise ValueError(f"unknown scale {scale}")
-        scales[scale] = Scale(tuple(size["settings"]), tuple(size.get("seeds", (0,))))
-    cells = {cell: _cell(cell, one) for cell, one in told["cells"].items()}
+        where = f"scales.{scale}"
+        _scale_known(scale, where)
+        _only(size, {"settings", "seeds"}, where)
+        scales[scale] = Scale(
+            _texts(size["settings"], f"{where}.settings"), _seeds(size.get("seeds", [0]), where)
+        )
+    if not isinstance(told["cells"], dict) or not all(isinstance(name, str) for name in told["cells"]):
+        raise ValueError("cells: names are texts; put numbers into quotes")
     experiment = Experiment(
-        name=name,
-        title=told["title"],
-        question=told["question"],
-        base=base,
+        name=file.stem,
+        called=file.stem if here == Path(__file__).parent else str(file),
+        title=str(told["title"]),
+        question=str(told["question"]),
+        base=told["base"] if like is None else like.base,
         scales=scales,
         reference=told["reference"],
-        cells=cells,
-        claims=tuple(_claim(one) for one in told.get("claims", [])),
-        curves={series: tuple(names) for series, names in told.get("curves", {}).items()},
-        redoes=tuple(told.get("redoes", ())),
-        notes=(*told.get("notes", []), *(() if like is None else like.notes)),
+        cells={name: _cell(name, cell, other) for name, cell in told["cells"].items()},
+        claims=tuple(_claim(one, number) for number, one in enumerate(told.get("claims", []))),
+        curves={
+            series: _texts(names, f"curves.{series}") for series, names in told.get("curves", {}).items()
+        },
+        redoes=_texts(told.get("redoes", []), "redoes"),
+        notes=(*_texts(told.get("notes", []), "notes"), *(() if like is None else like.notes)),
     )
     named = [experiment.reference, *(side.cell for claim in experiment.claims for side in (claim.a, claim.b))]
     for cell in (*named, *(cell for line in experiment.curves.values() for cell in line)):
         experiment.cell(cell)
+    if unknown := [table for table in experiment.redoes if table not in paper_tables()]:
+        raise ValueError(f"redoes: no table {unknown[0]!r}; there are {', '.join(paper_tables())}")
+    tasks = {**experiment.base.get("tasks", {}), "gates": {}, "prompt_tokens": {}}
+    for number, claim in enumerate(experiment.claims):
+        if claim.task not in tasks:
+            raise ValueError(f"claims[{number}]: no task {claim.task!r}; base has {', '.join(tasks)}")
     return experiment
 
 
-def _cell(name: str, told: dict[str, Any] | str) -> Cell:
+def _only(told: Any, known: Collection[str], where: str) -> None:
+    """Raises ValueError for a key that would be ignored."""
+    if not isinstance(told, dict):
+        raise ValueError(f"{where}: is no table of keys and values")
+    if unknown := [key for key in told if key not in known]:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+
+
+def _texts(told: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(told, list) or not all(isinstance(one, str) for one in told):
+        raise ValueError(f"{where}: give a list of texts; put one that holds a colon into quotes")
+    return tuple(told)
+
+
+def _seeds(told: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(told, list) or not all(type(one) is int for one in told):
+        raise ValueError(f"{where}.seeds: give a list of whole numbers")
+    return tuple(told)
+
+
+def _scale_known(scale: str, where: str) -> None:
+    if scale not in SCALES:
+        raise ValueError(f"{where}: no such scale; there are {', '.join(SCALES)}")
+
+
+def _cell(name: str, told: dict[str, Any] | str, other: Callable[[str], Experiment]) -> Cell:
     if isinstance(told, str):
-        return load_experiment(told).cell(name)
-    return Cell(
-        name=name,
-        label=told["label"],
-        group=told["group"],
-        settings=tuple(told.get("settings", ())),
-        at={scale: tuple(texts) for scale, texts in told.get("at", {}).items()},
-        published=tuple(Published.read(place, figure) for place, figure in told.get("paper", {}).items()),
-    )
+        return other(told).cell(name)
+    where = f"cells.{name}"
+    _only(told, ("label", "group", "settings", "at", "paper"), where)
+    at = {}
+    for scale, texts in told.get("at", {}).items():
+        _scale_known(scale, f"{where}.at.{scale}")
+        at[scale] = _texts(texts, f"{where}.at.{scale}")
+    for text in (*(settings := _texts(told.get("settings", []), f"{where}.settings")), *sum(at.values(), ())):
+        _not_a_seed(text, where)
+    published = tuple(Published.read(place, figure) for place, figure in told.get("paper", {}).items())
+    for one in published:
+        try:
+            paper_figure(one.table, one.row, one.column)
+        except UserError as error:
+            raise ValueError(f"{where}.paper: {error}") from error
+    return Cell(name, str(told["label"]), str(told["group"]), settings, at, published)
 
 
-def _claim(told: dict[str, Any]) -> Claim:
+def _not_a_seed(text: str, where: str) -> None:
+    """Raises UserError for a setting that the runner sets."""
+    if (key := text.partition("=")[0]) in ("seed", "name"):
+        raise UserError(
+            f"{where}: {key} is not set here; seeds are given by --seeds, or in scales.SCALE.seeds"
+        )
+
+
+def _claim(told: dict[str, Any], number: int) -> Claim:
+    where = f"claims[{number}]"
+    _only(told, {one.name for one in fields(Claim)}, where)
+    if (kind := told.get("kind", "above")) not in ("above", "within"):
+        raise ValueError(f"{where}: kind is {kind!r}; give above or within")
+    if not isinstance(told.get("margin", 0.0), int | float):
+        raise ValueError(f"{where}: margin is {told['margin']!r}; give a number")
     sides = {side: Side(*str(told[side]).split(":")) for side in ("a", "b")}
-    return Claim(**{**told, **sides})
+    texts = {key: str(told[key]) for key in ("text", "source", "task", "metric")}
+    return Claim(**{**told, **texts, **sides})

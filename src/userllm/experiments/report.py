@@ -49,7 +49,7 @@ def write_experiment_report(
     if not stored.cells:
         raise UserError(
             f"{store.folder}: no cell of {experiment.name} at scale {scale}; run them first "
-            f"(userllm experiments run {experiment.name} --scale {scale})"
+            f"(userllm experiments run {experiment.called} --scale {scale})"
         )
     missing = [name for name in experiment.cells if name not in stored.cells]
     counted = f"{len(stored.cells)} of {len(experiment.cells)}"
@@ -75,7 +75,7 @@ def write_experiment_report(
             Section("notes", "How this differs from the papers", "", [Notes(experiment.notes)]),
             _READING,
         ],
-        _command(experiment.name, scale, seeds, extra),
+        _command(shlex.quote(experiment.called), scale, seeds, extra),
     )
     file = out / f"{experiment.name}-{scale}.html"
     write_page(page, file)

@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class Pace:
     steps: int
     """Training steps of the cell's stage 2."""
     here: float
-    """CPU seconds of this machine."""
+    """CPU seconds of this machine in training, without loading and saving."""
     there: float
     """CPU seconds of the machine that did the stored cell."""
     hardware: str
@@ -66,6 +68,8 @@ class Pace:
         return self.here / self.there
 
 
+_INTERRUPTED = (130, -signal.SIGINT)
+"""Exit statuses of a process that was told to stop by Ctrl-C."""
 _STAGE_1 = ("data", "split", "encoder", "pretrain", "seed")
 
 
@@ -104,6 +108,7 @@ class Runner:
         self.runs = self.work / "runs"
         self.launch, self.keep, self.say, self.pace, self.jobs = launch, keep, say, pace, jobs
         self._pretrained: set[str] = set()
+        self._stopped = threading.Event()
 
     def run(
         self,
@@ -135,18 +140,22 @@ class Runner:
                 try:
                     done = list(pool.map(self._done, missing.values()))
                 except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)  # those that run get the signal themselves
+                    # the processes that run got the signal themselves; nothing is to be started after them
+                    self._stopped.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
                     raise
         return [one.name for one, stored in zip(missing.values(), done, strict=True) if not stored]
 
     def _done(self, wanted: _Wanted) -> bool:
-        """Do a cell; whether it is stored."""
-        if self.store.find(settings_hash(wanted.settings)) is not None:
-            self.say(f"{wanted.where}: done by another runner in the meantime, skipped")
-            return True
-        self.say(wanted.where)
-        if self._cell(wanted.name, wanted.settings, wanted.told) is not None:
-            return True
+        """Do a cell; whether it is stored. Another runner that is at it is waited for."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / f"{wanted.name}.lock"):
+            if self.store.find(settings_hash(wanted.settings)) is not None:
+                self.say(f"{wanted.where}: done by another runner in the meantime, skipped")
+                return True
+            self.say(wanted.where)
+            if self._cell(wanted.name, wanted.settings, wanted.told) is not None:
+                return True
         log = f" (see {self._log(wanted.name)})" if self.jobs > 1 else ""
         self.say(f"{wanted.where}: failed{log}; the other cells go on")
         return False
@@ -184,8 +193,8 @@ class Runner:
         folder = self._prepared(name, settings)
         if folder is None or self._userllm("contextualize", name, settings) != 0:
             raise UserError("the pace is not known; what went wrong stands above")
-        took = read_object(folder / "stages.json", AGAIN)["contextualize"]["cpu_seconds"]
-        there = stored.told["stages"]["contextualize"]["cpu_seconds"] / stored.pace[1]
+        took = read_object(folder / "contextualize" / "training.json", AGAIN, "took")["took"]
+        there = training["seconds"] / stored.pace[1]
         if not self.keep:
             shutil.rmtree(folder)
         return Pace(asked, took, there * asked / training["steps"], str(stored.told["hardware"]))
@@ -271,7 +280,13 @@ class Runner:
         launch = self.launch
         if self.jobs > 1:
             launch = partial(in_own_process, output=self._log(name))
-        return launch([command, str(file), "--runs", str(self.runs)])
+        if self._stopped.is_set():
+            raise KeyboardInterrupt
+        status = launch([command, str(file), "--runs", str(self.runs)])
+        if status in _INTERRUPTED:
+            self._stopped.set()
+            raise KeyboardInterrupt
+        return status
 
 
 def _same_data(cell: FinishedCell, settings: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ measurement is ever made without a user by mistake; ``without_user`` says so on 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,23 @@ class Slot:
     context: UserContext | None = None
     without_user: bool = False
     replay: Tensor | None = None
+
+
+class Turn:
+    """One thread at a time: a fused LM has one slot for its user. Taken again by the thread that has it. A copy of the
+    model has one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()
 
 
 class FusedLayer(nn.Module):
@@ -156,6 +174,7 @@ class Attachment:
 
     def __init__(self, lm: PreTrainedModel, blocks: dict[int, CrossAttentionBlock]):
         self.slot = Slot()
+        self.turn = Turn()
         self.layers = find_layers(lm)
         self.blocks = dict(sorted(blocks.items()))
         if not all(0 <= i < len(self.layers) for i in blocks):
@@ -187,15 +206,16 @@ class Attachment:
     @contextmanager
     def detached(self) -> Iterator[None]:
         """The plain language model for the length of a ``with`` block (to save it, for instance)."""
-        self.detach()
-        try:
-            yield
-        finally:
-            self.attach()
+        with self.turn:
+            self.detach()
+            try:
+                yield
+            finally:
+                self.attach()
 
     @contextmanager
     def conditioned(self, context: UserContext) -> Iterator[UserContext]:
-        """Calls inside the ``with`` block attend to these users."""
+        """Calls inside the ``with`` block attend to these users; another thread's wait until it ends."""
         with self._set(context=context, without_user=False):
             yield context
 
@@ -213,14 +233,15 @@ class Attachment:
 
     @contextmanager
     def _set(self, **values: Any) -> Iterator[None]:
-        before = {name: getattr(self.slot, name) for name in values}
-        for name, value in values.items():
-            setattr(self.slot, name, value)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
+        with self.turn:
+            before = {name: getattr(self.slot, name) for name in values}
+            for name, value in values.items():
                 setattr(self.slot, name, value)
+            try:
+                yield
+            finally:
+                for name, value in before.items():
+                    setattr(self.slot, name, value)
 
     @torch.no_grad()
     def lower_states(self, lm: PreTrainedModel, input_ids: Tensor) -> Tensor:

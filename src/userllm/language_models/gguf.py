@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from userllm.errors import UserError
+from userllm.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -60,7 +60,7 @@ def convert_llama_gguf(gguf_path: Path, out_folder: Path) -> None:
         )
     out_folder.mkdir(parents=True, exist_ok=True)
     weights = _weights(reader)
-    save_file(weights, out_folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, out_folder / "model.safetensors", {"format": "pt"})
     config = _config(reader, tied="lm_head.weight" not in weights)
     _write_json(out_folder / "config.json", config)
     special = {key: config[f"{key}_token_id"] for key in ("bos", "eos", "pad")}

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import T5Config
 
 from userllm.errors import UserError
+from userllm.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from onnx import GraphProto  # type: ignore[import-not-found]
@@ -36,7 +36,7 @@ def convert_t5_onnx(encoder: Path, decoder: Path, tokenizer: Path, out_folder: P
         raise UserError(f"{decoder}: no embeddings or no output matrix in the graph; cannot be converted")
     config = _config(weights)
     out_folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out_folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, out_folder / "model.safetensors", {"format": "pt"})
     _write_json(out_folder / "config.json", config)
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     _write_json(out_folder / "generation_config.json", special)

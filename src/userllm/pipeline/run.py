@@ -6,7 +6,6 @@ runs/<name>/  dataset -> pretrain/encoder -> contextualize/model -> metrics.json
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from userllm import processes
 from userllm.bfloat16 import multiplies
@@ -55,6 +54,7 @@ from userllm.pipeline.stages import Stages, say, write
 from userllm.report import write_report
 from userllm.report.current import MEASURED_BY
 from userllm.tasks import OpenTask, build_task
+from userllm.tensor_file import save_tensors
 from userllm.training.contextualize import contextualize, load_trained
 from userllm.training.pretrain import pretrain
 from userllm.training.sharding import kept, whole
@@ -201,8 +201,7 @@ class Run:
                 write(self.folder / "pretrain" / "log_history.json", json.dumps(history, indent=1))
                 weights = {n: kept(whole(w)) for n, w in encoder.state_dict().items()}
                 if processes.is_main():
-                    save_file(weights, file.with_suffix(".partial"))
-                    os.replace(file.with_suffix(".partial"), file)
+                    save_tensors(weights, file)
 
     def do_contextualize(self) -> None:
         """Stage 2."""

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from userllm.data.commit import created_by
@@ -30,6 +29,7 @@ from userllm.errors import UserError
 from userllm.fusion.attach import UserContext
 from userllm.serving.record import Kept, UserRecord, context_of
 from userllm.serving.user_side import UserSide
+from userllm.tensor_file import save_tensors
 
 if TYPE_CHECKING:
     from userllm.model import UserLLM
@@ -189,15 +189,13 @@ class UserStore:
         # others may have written since this store was opened, and the latest record of a user is to count
         latest = max((int(file.name.split("-")[0]) for file in self.folder.glob("*.safetensors")), default=0)
         file = self.folder / f"{latest + 1:06d}-{secrets.token_hex(4)}.safetensors"
-        partial = self.folder / f".{file.name}.partial"
         tensors = _one_after_the_other([record.columns() for record in records])
         floats = getattr(torch, self.card.dtype)
         tensors = {name: t.to(floats) if t.is_floating_point() else t for name, t in tensors.items()}
         users = [record.user for record in records]
         if None in users:
             raise ValueError("a record in a store needs its user's name")
-        save_file(tensors, partial, metadata={"users": json.dumps(users, ensure_ascii=False)})
-        os.replace(partial, file)
+        save_tensors(tensors, file, {"users": json.dumps(users, ensure_ascii=False)})
         self._take_in(file)
 
     def put_all(self, records: Iterable[UserRecord]) -> Iterator[int]:

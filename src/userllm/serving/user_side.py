@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from userllm.data.collation import HistoryCollator
-from userllm.encoders import UserEncoder, config_of
+from userllm.encoders import TextEncoder, UserEncoder, config_of
 from userllm.errors import UserError
 from userllm.fusion.config import FusionConfig
 from userllm.fusion.cross_attention import CrossAttentionBlock
@@ -122,9 +122,10 @@ class UserSide:
         """
         config = config_of(self.encoder)
         told = {"own": type(self.encoder).__name__} if config is None else _changed(config)
+        texts = {"vectors": self.encoder.vectors} if isinstance(self.encoder, TextEncoder) else {}
         fusion = {"kind": self.config.kind, "events": self.config.events} | _changed(self.config)
         hashes = {
-            "encoder": _sha256(told, self.encoder.state_dict()),
+            "encoder": _sha256(told, self.encoder.state_dict() | texts),
             "fusion": _sha256(fusion, self.weights),
             "catalogue": self._catalogue_sha256(),
         }
@@ -133,6 +134,8 @@ class UserSide:
     def _catalogue_sha256(self) -> str:
         names = [[field.name, field.values] for field in self.collator.vocabulary]
         ids = self.collator.items["id"].to_list()
+        if self.config.text.events > 0:  # the text says what the items are called
+            ids = [ids, self.collator.items["title"].to_list()]
         tables = {"item": self.collator.item_vocabulary_ids, **self.collator.item_fields}
         arrays = {name: torch.from_numpy(np.ascontiguousarray(table)) for name, table in tables.items()}
         return _sha256({"fields": names, "items": ids}, arrays)

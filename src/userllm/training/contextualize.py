@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from userllm import processes
+from userllm.clock import clock_of
 from userllm.data.collation import StoredHistories
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
@@ -182,7 +183,8 @@ def contextualize(
     fsdp: train sharded over the processes; the model's weights are then shares, and ``load_trained`` puts what was
     trained into another one. The alignment is not sharded, nor is an evaluation possible. Raises UserError for
     ``attend="answer"`` where the LM learns.
-    The teacher is the encoder as it comes in, before any alignment. ``folder``/training.json tells steps and examples.
+    The teacher is the encoder as it comes in, before any alignment. ``folder``/training.json tells steps, examples,
+    the seconds used of a budget, and those that this process took, by the budget's clock.
     """
     if fsdp and model.reads_ahead and not model.lm_is_frozen:
         raise UserError(
@@ -190,15 +192,14 @@ def contextualize(
         )
     steps = config.steps if config.seconds is None else MAX_STEPS
     arguments = training_arguments(folder, config.optimization, steps, seed, eval_every)
-    budget = None
+    clock, summaries = clock_of(arguments.device), model.summarizer
+
+    def spared() -> float:
+        return 0.0 if summaries is None else summaries.spared
+
+    budget, began = None, clock() + spared()
     if config.seconds is not None:
-        summaries = model.summarizer
-        budget = Budget(
-            config.seconds,
-            config.optimization.warmup,
-            arguments.device,
-            lambda: 0.0 if summaries is None else summaries.spared,
-        )
+        budget = Budget(config.seconds, config.optimization.warmup, arguments.device, spared)
     losses = ContextualizedLosses(model, sharded=fsdp)
     if config.alignment is not None:
         align(model, dataset, split, stored, config.alignment, folder / "alignment", seed, budget)
@@ -220,7 +221,12 @@ def contextualize(
         save_trainable(losses, folder / _TRAINED)
     done = trainer.state.global_step
     examples = done * config.histories * config.examples_per_history
-    facts = {"steps": done, "examples": examples, "seconds": None if budget is None else budget.used}
+    facts = {
+        "steps": done,
+        "examples": examples,
+        "seconds": None if budget is None else budget.used,
+        "took": clock() + spared() - began,
+    }
     if processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "training.json").write_text(json.dumps(facts) + "\n")

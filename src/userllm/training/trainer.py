@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -22,6 +22,7 @@ from userllm.errors import UserError
 from userllm.freed_memory import hand_back, hand_back_if_scarce
 from userllm.json_file import AGAIN, read_object
 from userllm.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from userllm.tensor_file import save_tensors
 from userllm.training.budget import Budget
 from userllm.training.sharding import (
     gathered,
@@ -297,9 +298,7 @@ def save_trainable(model: nn.Module, file: Path) -> None:
     weights = {n: kept(whole(p.detach())) for n, p in model.named_parameters() if p.requires_grad}
     if not processes.is_main():
         return
-    temporary = file.with_suffix(".partial")
-    save_file(weights, temporary)
-    os.replace(temporary, file)
+    save_tensors(weights, file)
 
 
 def load_trainable(model: nn.Module, file: Path) -> None:
