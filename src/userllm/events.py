@@ -54,7 +54,7 @@ class Event:
 
 @dataclass(frozen=True)
 class UserHistory:
-    """A user's events, oldest first, kept as a tuple. A user with no events is a legal user."""
+    """A user's events, oldest first. A user with no events is a legal user."""
 
     events: Sequence[Event]
     user: str | None = None
@@ -62,7 +62,8 @@ class UserHistory:
     def __post_init__(self) -> None:
         """Raise UserError for what is no event, and for an event that is earlier than one before it: newest first would
         be read backwards."""
-        object.__setattr__(self, "events", tuple(self.events))  # an iterator would be used up here
+        if not isinstance(self.events, Sequence):  # an iterator would be used up here
+            object.__setattr__(self, "events", list(self.events))
         latest: Event | None = None
         for place, event in enumerate(self.events):
             if not isinstance(event, Event):

@@ -125,7 +125,7 @@ def test_explaining_needs_an_embedding_per_event(make_user_llm, dataset, encoder
     model = make_user_llm(encoder=encoder)
     if encoder.per_event:
         attended = model.explain(dataset.history(7, 0, 6))
-        assert [a.event for a in attended] == list(dataset.history(7, 1, 6).events)
+        assert [a.event for a in attended] == dataset.history(7, 1, 6).events
         assert sum(a.weight for a in attended) == pytest.approx(1, abs=1e-5)
     else:
         with pytest.raises(UserError, match="stand for no single event"):
