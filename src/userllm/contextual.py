@@ -449,8 +449,9 @@ class ContextualLM(nn.Module):
         """Embeddings [R, P + T - O, D] and mask of prefix and texts [R, T]; the O opening tokens lead the prefix,
         and are left out of texts that begin with them."""
         opening = self.opening
-        opened = torch.equal(input_ids[:, : len(opening)], opening.expand(len(input_ids), -1))
-        whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids[:, len(opening) * opened :]))
+        if torch.equal(input_ids[:, : len(opening)], opening.expand(len(input_ids), -1)):
+            input_ids = input_ids[:, len(opening) :]
+        whole = prefix.repeated(len(input_ids)).then(self._embed(input_ids))
         return whole.embeddings, whole.mask
 
     def _read_without_user(self, input_ids: Tensor) -> DynamicCache:

@@ -108,7 +108,7 @@ class UserLLM(ContextualLM):
     @torch.no_grad()
     def encode(self, history: UserHistory) -> Tensor:
         """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen."""
-        embeddings, mask = self.encoder.eval()(self._batch([_history(history)]))
+        embeddings, mask = self.encoder.eval()(self._batch([history]))
         return embeddings[0][mask[0]]
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class UserLLM(ContextualLM):
         """
         self.eval()
         record, *_ = remember(
-            UserSide.of(self), self._batch([_history(history)]), [len(history)], [self._seen(history)],
+            UserSide.of(self), self._batch([history]), [len(history)], [self._seen(history)],
             Kept(keys_values, state),
         )  # fmt: skip
         record.user = history.user
@@ -327,7 +327,7 @@ class UserLLM(ContextualLM):
             )
         self._task(task)
         self.eval()
-        users = self.context(self._batch([_history(history)]))
+        users = self.context(self._batch([history]))
         users.recorded = {}
         with self.attending(users):
             TextInLM(self, 1, task, context=users).start(self.answers[task].prompt_ids)
@@ -355,7 +355,11 @@ class UserLLM(ContextualLM):
         return context_of(self, [self.remember(one) if isinstance(one, UserHistory) else one for one in who])
 
     def _batch(self, histories: Sequence[UserHistory], latest: int | None = None) -> HistoryBatch:
-        """The histories' latest events, as many as the encoder sees, or ``latest``."""
+        """The histories' latest events, as many as the encoder sees, or ``latest``. Raises UserError for what is no
+        history."""
+        for history in histories:
+            if not isinstance(history, UserHistory):
+                raise UserError(f"{repr(history)[:60]} is no history; give a UserHistory")
         batch, unread = self.collator.from_histories(histories, latest or self.encoder.max_length)
         if unread:
             warnings.warn(str(unread), stacklevel=4)
@@ -613,10 +617,3 @@ def _one(who: UserHistory | UserRecord) -> UserHistory | UserRecord:
     raise UserError(
         f"{repr(who)[:60]} is not one user; give a UserHistory, or what remember or a store keeps of one"
     )
-
-
-def _history(who: UserHistory) -> UserHistory:
-    """One user's history. Raises UserError for anything else."""
-    if isinstance(who, UserHistory):
-        return who
-    raise UserError(f"{repr(who)[:60]} is no history; give a UserHistory")

@@ -13,8 +13,6 @@ from userllm.errors import UserError
 if TYPE_CHECKING:
     from userllm.experiments.runner import Launch
 
-_INTERRUPTED = 130
-"""What ``main`` returns after Ctrl-C."""
 SCALES_NOTE = """\
 smoke: generated data and a tiny random language model, seconds a cell; its numbers mean nothing
 cpu:   SmolLM2-135M on MovieLens-1M and Rent the Runway, a stated budget of CPU seconds a cell
@@ -153,11 +151,9 @@ def run(arguments: argparse.Namespace) -> None:
         names = [name for name in experiment_names() if arguments.scale in load_experiment(name).scales]
     experiments = [load_experiment(name) for name in names]
     _check_alone("run")
-    for experiment in experiments:
-        checked = bool(arguments.set) or experiment.called != experiment.name  # those that ship are
-        for cell in (
-            (arguments.only or experiment.cells) if checked else ()
-        ):  # before hours go into the first ones
+    # before hours go into the first cells; those that ship are known to be right
+    for experiment in (one for one in experiments if arguments.set or one.called != one.name):
+        for cell in arguments.only or experiment.cells:
             settings = experiment.settings(cell, arguments.scale, 0, arguments.set)
             checked_config(settings, f"{experiment.called}, cell {cell}")
     runner = Runner(
@@ -212,13 +208,10 @@ def _in_this_process(command: list[str]) -> int:
     from userllm.cli import main
 
     try:
-        status = main(command)
+        return main(command)
     except Exception:  # noqa: BLE001 - as where each cell has its process: a crash is shown, and the others go on
         traceback.print_exc()
         return 1
-    if status == _INTERRUPTED:
-        raise KeyboardInterrupt
-    return status
 
 
 def report(arguments: argparse.Namespace) -> None:

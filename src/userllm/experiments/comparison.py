@@ -61,8 +61,8 @@ class Decided:
     loses: bool = False
     """a is below b, by the rule by which "above" is confirmed"""
     weak: str | None = None
-    """of "within": a system that has learnt nothing (``TRIVIAL``) and that b is not above, so that staying near b is
-    easy"""
+    """of "within", confirmed: a system that has learnt nothing (``TRIVIAL``) and that b is not above, so that staying
+    near b is easy"""
 
 
 def per_user(cells: Sequence[FinishedCell], task: str, system: str, metric: str) -> pl.DataFrame:
@@ -217,10 +217,11 @@ def decide(claim: Claim, cells: Mapping[str, Sequence[FinishedCell]]) -> Decided
     holds = _clearly_above(between, needed, significant=claim.kind == "above")
     nats = difference(rows(claim.a, LOG_LIKELIHOOD), rows(claim.b, LOG_LIKELIHOOD))
     verdict: Verdict = "confirmed" if holds else "not confirmed"
-    weak = _not_beaten(claim, cells.get(claim.b.cell, ()), b) if claim.kind == "within" else None
-    return Decided(
-        claim, verdict, mean(a), mean(b), between, nats, agreeing, _clearly_above(between, reverse=True), weak
-    )
+    loses = _clearly_above(between, reverse=True)
+    weak = None
+    if holds and claim.kind == "within":
+        weak = _not_beaten(claim, cells.get(claim.b.cell, ()), b)
+    return Decided(claim, verdict, mean(a), mean(b), between, nats, agreeing, loses, weak)
 
 
 def _not_beaten(claim: Claim, cells: Sequence[FinishedCell], b: pl.DataFrame) -> str | None:

@@ -143,8 +143,8 @@ class Experiment:
     def settings(self, cell: str, scale: str, seed: int, extra: Sequence[str] = ()) -> dict[str, Any]:
         """The run configuration of a cell, as plain values; ``extra`` settings come last."""
         chosen, size = self.cell(cell), self.scale(scale)
-        for text in extra:
-            _not_a_seed(text, "--set")
+        if problem := _set_elsewhere(extra):
+            raise UserError(f"--set: {problem}")
         settings = copy.deepcopy(dict(self.base)) | {"seed": seed}
         for text in (*size.settings, *chosen.settings, *chosen.at.get(scale, ()), *extra):
             override(settings, text)
@@ -217,9 +217,8 @@ def _experiment(file: Path, told: Any) -> Experiment:
         where = f"scales.{scale}"
         _scale_known(scale, where)
         _only(size, {"settings", "seeds"}, where)
-        scales[scale] = Scale(
-            _texts(size["settings"], f"{where}.settings"), _seeds(size.get("seeds", [0]), where)
-        )
+        settings = _settings(size["settings"], where, "settings")
+        scales[scale] = Scale(settings, _seeds(size.get("seeds", [0]), where))
     if not isinstance(told["cells"], dict) or not all(isinstance(name, str) for name in told["cells"]):
         raise ValueError("cells: names are texts; put numbers into quotes")
     experiment = Experiment(
@@ -280,12 +279,10 @@ def _cell(name: str, told: dict[str, Any] | str, other: Callable[[str], Experime
         return other(told).cell(name)
     where = f"cells.{name}"
     _only(told, ("label", "group", "settings", "at", "paper"), where)
-    at = {}
+    settings, at = _settings(told.get("settings", []), where, "settings"), {}
     for scale, texts in told.get("at", {}).items():
         _scale_known(scale, f"{where}.at.{scale}")
-        at[scale] = _texts(texts, f"{where}.at.{scale}")
-    for text in (*(settings := _texts(told.get("settings", []), f"{where}.settings")), *sum(at.values(), ())):
-        _not_a_seed(text, where)
+        at[scale] = _settings(texts, where, f"at.{scale}")
     published = tuple(Published.read(place, figure) for place, figure in told.get("paper", {}).items())
     for one in published:
         try:
@@ -295,12 +292,19 @@ def _cell(name: str, told: dict[str, Any] | str, other: Callable[[str], Experime
     return Cell(name, str(told["label"]), str(told["group"]), settings, at, published)
 
 
-def _not_a_seed(text: str, where: str) -> None:
-    """Raises UserError for a setting that the runner sets."""
-    if (key := text.partition("=")[0]) in ("seed", "name"):
-        raise UserError(
-            f"{where}: {key} is not set here; seeds are given by --seeds, or in scales.SCALE.seeds"
-        )
+def _settings(told: Any, where: str, key: str) -> tuple[str, ...]:
+    texts = _texts(told, f"{where}.{key}")
+    if problem := _set_elsewhere(texts):
+        raise ValueError(f"{where}: {problem}")
+    return texts
+
+
+def _set_elsewhere(settings: Sequence[str]) -> str | None:
+    """What is wrong with settings that the runner sets by itself; None where there is none of them."""
+    for key in (text.partition("=")[0] for text in settings):
+        if key in ("seed", "name"):
+            return f"{key} is not set here; seeds are given by --seeds, or in scales.SCALE.seeds"
+    return None
 
 
 def _claim(told: dict[str, Any], number: int) -> Claim:

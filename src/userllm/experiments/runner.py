@@ -148,8 +148,7 @@ class Runner:
 
     def _done(self, wanted: _Wanted) -> bool:
         """Do a cell; whether it is stored. Another runner that is at it is waited for."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / f"{wanted.name}.lock"):
+        with self._locked(wanted.name):
             if self.store.find(settings_hash(wanted.settings)) is not None:
                 self.say(f"{wanted.where}: done by another runner in the meantime, skipped")
                 return True
@@ -258,8 +257,7 @@ class Runner:
             keys.append("lm")  # its item table begins with the language model's embeddings
         mine = {key: settings[key] for key in keys if key in settings}
         name = f"stage1-{settings_hash(mine)}"
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / f"{name}.lock"):  # another cell, or another runner, may be at it
+        with self._locked(name):  # another cell, or another runner, may be at it
             if name not in self._pretrained:
                 # asked for even where it lies there: it may be half done, or another version's that cannot be taken
                 # over
@@ -269,11 +267,15 @@ class Runner:
                 self._pretrained.add(name)
         return self.runs / name
 
+    def _locked(self, name: str) -> FileLock:
+        """For one runner and one cell at a time."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.work / f"{name}.lock")
+
     def _log(self, name: str) -> Path:
         return self.work / f"{name}.log"
 
     def _userllm(self, command: str, name: str, settings: dict[str, Any]) -> int:
-        self.work.mkdir(parents=True, exist_ok=True)
         file = self.work / f"{name}.yaml"
         text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
         file.write_text(text, encoding="utf-8")

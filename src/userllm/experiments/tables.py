@@ -77,7 +77,7 @@ def verdict_of(one: Decided) -> str:
     said: str = one.verdict
     if one.verdict == "not confirmed" and one.loses:
         said += ": the other way round" if one.claim.kind == "above" else ": it loses"
-    if one.verdict == "confirmed" and one.weak is not None:
+    if one.weak is not None:
         said += f" (b is not above {label(one.weak, SYSTEMS).lower()})"
     return said
 

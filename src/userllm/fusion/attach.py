@@ -254,14 +254,14 @@ class Attachment:
             captured.append(args[0])
             raise _StopForward
 
-        handle = self.layers[self.first].register_forward_pre_hook(capture)
-        try:
-            with self.without_user():
+        with self.without_user():  # no other thread may meet the hook
+            handle = self.layers[self.first].register_forward_pre_hook(capture)
+            try:
                 lm.get_decoder()(input_ids=input_ids, use_cache=False)
-        except _StopForward:
-            pass  # the layers above are not needed
-        finally:
-            handle.remove()
+            except _StopForward:
+                pass  # the layers above are not needed
+            finally:
+                handle.remove()
         return captured[0]
 
 
