@@ -6,6 +6,7 @@ A command imports what it needs only when it runs: ``--help`` and the ``data`` c
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -98,15 +99,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 bad input, 130 interrupted, 141 nobody reads on."""
     try:
         arguments = parse(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments.command(arguments)
+        sys.stdout.flush()  # a reader that has gone away is met here, not at the very end
     except UserError as error:
         return _refused(str(error))
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (what is left is flushed there, at the end)
+        return 141  # as of a process that SIGPIPE ends
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _refused(
+                f"{error.filename or 'the disk'}: {error.strerror}; make room, and give the same command again"
+            )
         if error.filename is None:
             raise
         mend = "" if isinstance(error, FileNotFoundError) else "; choose another place, or make room there"

@@ -187,3 +187,9 @@ def _history_of_user(arguments: argparse.Namespace) -> UserHistory:
 
     dataset = Dataset.open(dataset_folder(arguments.folder, arguments.data, "--user"))
     return dataset.history(dataset.user_index(arguments.user))
+
+
+def within(title: str, width: int) -> str:
+    """A title as a cell of a table: on one line, its end cut off where it is longer."""
+    title = " ".join(title.split())
+    return title if len(title) <= width else title[: width - 1] + "…"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -41,16 +41,54 @@ def checked_config(base: dict[str, Any], where: str) -> RunConfig:
     parser.add_class_arguments(RunConfig, skip={"encoder"})
     parser.add_class_arguments(type(default.encoder), "encoder")
     _check_groups(base, default, f"{where}: ")
+    _check_optional_groups(base, RunConfig, "", where)
+    built = _built(parser, base, where)
     try:
-        values = Namespace(parser.parse_object(base))
-        built = parser.instantiate(values)
-        config = RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
+        return RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _built(parser: ArgumentParser, values: dict[str, Any], where: str, group: str = "") -> Namespace:
+    """Plain values as what the parser makes of them. Raises UserError; what a group says of itself names the group."""
+    try:
+        return parser.instantiate(Namespace(parser.parse_object(values)))
     except (argparse.ArgumentError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: {reason[:400]}") from error
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return config
+        raise UserError(f"{where}: {group}{error}") from error
+
+
+def _check_optional_groups(given: dict[str, Any], owner: type, prefix: str, where: str) -> None:
+    """Raise UserError for what is wrong within a group that may be null.
+
+    Each is parsed by itself, the innermost first: of a union the parser names every branch, and the true problem is
+    lost among them.
+    """
+    hints = get_type_hints(owner)
+    for name, value in given.items():
+        branches = get_args(hints.get(name))
+        groups = [one for one in (hints.get(name), *branches) if _is_group(one)]
+        if len(groups) != 1 or value is None:
+            continue
+        path, [group] = f"{prefix}{name}", groups
+        if dict in (hints[name], get_origin(hints[name])):  # groups by name
+            for key, one in value.items() if isinstance(value, dict) else ():
+                if isinstance(one, dict):
+                    _check_optional_groups(one, group, f"{path}.{key}.", where)
+            continue
+        if isinstance(value, dict):
+            _check_optional_groups(value, group, f"{path}.", where)
+        if type(None) not in branches:
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {_not_a_group(path, value)}, or null")
+        parser = ArgumentParser(exit_on_error=False, prog="config")
+        parser.add_class_arguments(group, path)
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        _built(parser, value, where, f"{path}: ")
 
 
 def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:
@@ -99,10 +137,12 @@ def _check_groups(given: dict[str, Any], default: Any, where: str) -> None:
         if not is_dataclass(group) or value is None:
             continue
         if not isinstance(value, dict):
-            raise UserError(
-                f"{where}{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)"
-            )
+            raise UserError(f"{where}{_not_a_group(name, value)}")
         _check_groups(value, group, f"{where}{name}.")
+
+
+def _not_a_group(name: str, value: Any) -> str:
+    return f"{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)"
 
 
 def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:

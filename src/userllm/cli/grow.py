@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from userllm.cli.arguments import add_command, model_folder
+from userllm.errors import UserError
 
 NOTE = """\
 After `userllm data append` a dataset may have items that the model has not seen. Where its item embeddings started from
@@ -31,9 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     from userllm.data.store import Dataset
 
     folder, dataset = model_folder(arguments.folder), Dataset.open(arguments.data)
+    if arguments.out.resolve() == folder.resolve():
+        raise UserError(f"--out {arguments.out}: this is the model that is to grow; give another folder")
     from userllm.growing import grow
     from userllm.model import UserLLM
 
+    if (arguments.out / "config.json").is_file():
+        print(f"{arguments.out} holds a model; it is replaced", file=sys.stderr)
     model, growth = grow(UserLLM.from_pretrained(folder, arguments.lm), dataset.items)
     model.save_pretrained(arguments.out)
     print(f"{arguments.out}: {growth}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from userllm.cli.arguments import HISTORY_NOTE, add_command, add_model, open_model
+from userllm.cli.arguments import HISTORY_NOTE, add_command, add_model, open_model, within
 
 if TYPE_CHECKING:
     from userllm.model import Recommendation
@@ -59,5 +59,4 @@ def _table(with_user: Sequence[Recommendation], without_user: Sequence[Recommend
 
 
 def _cell(answer: Recommendation) -> str:
-    title = answer.title if len(answer.title) <= TITLE_WIDTH else answer.title[: TITLE_WIDTH - 1] + "…"
-    return f"{title:<{TITLE_WIDTH}}  {answer.log_likelihood:7.2f}"
+    return f"{within(answer.title, TITLE_WIDTH):<{TITLE_WIDTH}}  {answer.log_likelihood:7.2f}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from userllm.cli.arguments import HISTORY_NOTE, add_command, add_model, open_model
+from userllm.cli.arguments import HISTORY_NOTE, add_command, add_model, open_model, within
 from userllm.errors import UserError
 
 TITLE_WIDTH = 52
@@ -76,7 +76,7 @@ def _table(answers: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'':>3}  {'':<{TITLE_WIDTH}}  {'with this user':>14}  {'without':>8}  {'gain':>6}"]
     for rank, answer in enumerate(answers, 1):
         title, own, base = answer["title"], answer["log_likelihood"], answer["without_user"]
-        shown = title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"
+        shown = within(title, TITLE_WIDTH)
         lines.append(f"{rank:>3}  {shown:<{TITLE_WIDTH}}  {own:14.2f}  {base:8.2f}  {own - base:+6.2f}")
     return "\n".join(lines)
 

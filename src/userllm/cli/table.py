@@ -42,7 +42,11 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", metavar="COL", help="in --items: the title (default: the id)")
     add("--category", metavar="COL", help="in --items: the categories")
     add("--category-separator", metavar="C", help="between two categories (default: |)")
-    add("--format", choices=("csv", "tsv", "jsonl", "parquet"), help="if the file names do not say it")
+    formats = ("csv", "tsv", "jsonl", "parquet")
+    add("--items-format", choices=formats, help="of --items, if the file names do not say it")
+    add("--items-separator", metavar="C", help="of --items, if it is not that of the events")
+    add("--items-header", nargs="+", metavar="COL", help="of --items, if the files have no line with them")
+    add("--format", choices=formats, help="of the events, if the file names do not say it")
     add("--separator", metavar="C", help="between two columns of a CSV file (default: a comma)")
     add(
         "--header", nargs="+", metavar="COL", help="names of all columns, if the files have no line with them"
@@ -83,7 +87,7 @@ FILTERS = (
 )  # fmt: skip
 TABLE = (
     "spec", "user", "item", "time", "time_unit", "fields", "text", "items", "item_key", "title", "category",
-    "category_separator", "format", "separator", "header",
+    "category_separator", "items_format", "items_separator", "items_header", "format", "separator", "header",
 )  # fmt: skip
 REVIEWS = ("catalogue", "translated")
 NOT_SETTINGS = ("name", "path", "out", "command")
@@ -122,7 +126,8 @@ def table_config(arguments: argparse.Namespace) -> TableConfig:
     settings = {} if arguments.spec is None else _read(arguments.spec)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     items = {"items": "path", "item_key": "key", "title": "title", "category": "category"}
-    items |= {"category_separator": "separator"}
+    items |= {"category_separator": "separator", "items_format": "format"}
+    items |= {"items_separator": "column_separator", "items_header": "header"}
     known = set(TableConfig.__dataclass_fields__) - {"items"}
     settings |= {name: value for name, value in given.items() if name in known}
     about_items = {own: given[name] for name, own in items.items() if name in given}

@@ -160,14 +160,7 @@ class DatasetBuilder:
         """See ``add_items``; all of ``items`` are there."""
         assert self.items is not None
         old = self.items.with_row_index("place")
-        others = [name for name in self.items.columns if name not in ("id", "title")]
-        nothing = [
-            pl.col(name).is_null() | (pl.col(name).list.len() == 0)
-            if self.items[name].dtype == pl.List
-            else pl.col(name).is_null()
-            for name in others
-        ]
-        bare = old.filter(pl.all_horizontal(pl.col("title") == pl.col("id"), *nothing)).select("place", "id")
+        bare = old.filter(_known_by_id(self.items)).select("place", "id")
         told = bare.join(items, on="id")
         kept = old.filter(~pl.col("place").is_in(told["place"].implode()))
         self.items = pl.concat([kept, told], how="diagonal_relaxed").sort("place").drop("place")
@@ -254,6 +247,8 @@ class DatasetBuilder:
             items, users = items.filter(pl.Series(left.items)), users.filter(pl.Series(left.users))
             for rule, rows in left.taken.items():
                 self._take(rule, rows)
+        if self.counts.rejected == self.counts.read:
+            raise UserError(f"{source.where}: no row can be read; {self._first_reject()}")
         if self.counts.kept == 0:
             raise UserError(
                 f"{source.where}: no events are left: {self.counts}; ask for less with the filters"
@@ -268,6 +263,8 @@ class DatasetBuilder:
         columns = {name: read_column(events, name) for name in self.types if name != "user"}
         for column in self.numbers:
             write_column(self.files / "values", column, distinct(columns[column]))
+        if notes is not None and self.items is not None:
+            notes = [*notes, *_undescribed(items)]
         if notes is not None:
             notes = [*notes, repeats_note(columns["item"], columns["time"], offsets)]
         card = DatasetCard(
@@ -296,6 +293,10 @@ class DatasetBuilder:
         put_in_place(self.folder, self.scratch, self.files, card)
         return card
 
+    def _first_reject(self) -> str:
+        first = pl.read_csv(self.files / REJECTS, n_rows=1, infer_schema=False).row(0)
+        return "of {} line {}: {}".format(*first)
+
     def _catalogue(self) -> pl.DataFrame:
         """The item table; of items that the catalogue lacks the title is the id."""
         ids = self.item_numbers.ids
@@ -309,3 +310,21 @@ class DatasetBuilder:
         counts = self.counts
         filtered = counts.filtered | {rule: counts.filtered.get(rule, 0) + rows}
         self.counts = RowCounts(counts.read, counts.kept - rows, counts.rejected, filtered)
+
+
+def _known_by_id(items: pl.DataFrame) -> pl.Expr:
+    """Of the item table: rows that say nothing of an item but its id."""
+    others = [name for name in items.columns if name not in ("item", "id", "title")]
+    nothing = [
+        pl.col(name).is_null() | (pl.col(name).list.len() == 0)
+        if items[name].dtype == pl.List
+        else pl.col(name).is_null()
+        for name in others
+    ]
+    return pl.all_horizontal(pl.col("title") == pl.col("id"), *nothing)
+
+
+def _undescribed(items: pl.DataFrame) -> list[str]:
+    """A note of items with events that the catalogue says nothing of."""
+    bare = len(items.filter(_known_by_id(items)))
+    return [f"{bare:,} of {len(items):,} items are known by their id alone"] if bare else []

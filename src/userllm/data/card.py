@@ -24,13 +24,17 @@ class FieldSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the raw data came from: kind ("movielens"), place, file and its sha256, and which source served it."""
+    """Where the raw data came from: kind ("movielens"), place, file and its sha256, and which source served it.
+
+    parts: sha256 of each file where they are several.
+    """
 
     kind: str
     where: str
     file: str
     sha256: str
     served_by: str
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class DatasetCard:
             if raw["format_version"] == 1:
                 raw |= {"files": ".", "time": "seconds since 1970"}
                 raw["rows"] = {"read": raw["events"], "kept": raw["events"]}
-            raw["source"] = Source(**raw["source"])
+            raw["source"] = Source(**raw["source"] | {"parts": tuple(raw["source"].get("parts", ()))})
             raw["time_span"] = tuple(raw["time_span"])
             raw["fields"] = tuple(FieldSpec(**spec) for spec in raw["fields"])
             raw["filters"] = tuple(raw["filters"])

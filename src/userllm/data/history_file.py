@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from userllm.data.sources.values import LEAST, MOST
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
 
@@ -27,7 +28,7 @@ def read_history(file: Path | str, fields: Sequence[str] = ("rating",)) -> UserH
     if not file.is_file():
         raise UserError(f"{file}: no such history file")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
@@ -54,8 +55,12 @@ def _event(entry: Any, where: str, fields: Sequence[str]) -> Event:
     if isinstance(item, bool) or not isinstance(item, str | int) or item == "":
         raise UserError(f"{where}: item is {json.dumps(item)}, not an id or title")
     time = entry.get("time")
-    if time is not None and (isinstance(time, bool) or not isinstance(time, int)):
-        raise UserError(f"{where}: time is {json.dumps(time)}, not whole seconds since 1970")
+    if time is not None and (
+        isinstance(time, bool) or not isinstance(time, int) or not LEAST <= time <= MOST
+    ):
+        raise UserError(
+            f"{where}: time is {json.dumps(time)}, not whole seconds since 1970, in the years 1 to 9999"
+        )
     values = {name: entry[name] for name in fields if entry.get(name) is not None}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float | str):

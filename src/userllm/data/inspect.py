@@ -65,7 +65,12 @@ def describe_user(dataset: Dataset, user: int) -> str:
         )
         named = [f.name for f in dataset.card.fields if f.level == "item" and f.name not in ("title", "year")]
         several = [", ".join(_several(item[name])) for name in named]
-        shown = [_day(event.time or 0), values, item["title"], *(f"[{text}]" for text in several)]
+        shown = [
+            _day(event.time or 0),
+            values,
+            " ".join(item["title"].split()),
+            *(f"[{text}]" for text in several),
+        ]
         lines.append("  " + "  ".join(part for part in shown if part))
     return "\n".join(lines)
 

@@ -101,7 +101,6 @@ class Run:
         if last not in STAGES:
             raise UserError(f"no stage {last!r}; the stages are {', '.join(STAGES)}")
         with self._alone():
-            self._write_config()
             self._go_through(last)
         return self.folder
 
@@ -136,7 +135,9 @@ class Run:
             # a language model that cannot be had is found out now, not after stage 1
             with processes.main_first():  # which downloads it, if need be
                 resolve(self.config.lm)
-        for stage in STAGES[: STAGES.index(last) + 1]:
+        self.do_data()
+        self._write_config()  # not before: a run that is refused its data stays the run it was
+        for stage in STAGES[1 : STAGES.index(last) + 1]:
             getattr(self, f"do_{stage}")()
 
     # ---- stages ---------------------------------------------------------------------------------------------------
@@ -152,12 +153,7 @@ class Run:
     def open_data(self) -> None:
         """Open the dataset that was prepared."""
         self.dataset = Dataset.open(self._dataset_folder())
-        used = read_object(self.folder / "dataset.json", ANEW)
-        if used.get("fingerprint", self.dataset.card.fingerprint) != self.dataset.card.fingerprint:
-            raise UserError(
-                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
-                f"items into its model with `userllm grow {self.folder}`"
-            )
+        processes.told(self._check_unchanged)
         if self.config.split.kind == "unseen_items":
             with processes.main_first():
                 self.dataset = apart(self.dataset, self.config.split.unseen, self.folder / "unseen_items")
@@ -174,6 +170,18 @@ class Run:
                 say("encoder.products: float32, since this processor has no bfloat16")
             with processes.main_first():
                 self.texts = self._encode_texts(self.config.encoder)
+
+    def _check_unchanged(self) -> None:
+        """Raises UserError where a stage was begun with other data."""
+        now = self.dataset.card.fingerprint
+        if read_object(self.folder / "dataset.json", ANEW).get("fingerprint", now) == now:
+            return
+        if (self.folder / "pretrain").exists():
+            raise UserError(
+                f"{self.dataset.folder}: has changed since this run began; start a run of another name, or take new "
+                f"items into its model with `userllm grow {self.folder}`"
+            )
+        self._use(self.dataset.folder)  # mended before anything was made of it
 
     def do_pretrain(self) -> None:
         """Stage 1; with ``pretrain: null`` the encoder stays random."""
@@ -270,6 +278,10 @@ class Run:
                         str(data.release), [str(data.path)] if data.path else [], folder,
                         descriptions=data.descriptions, reviews=data.reviews,
                     )  # fmt: skip
+        self._use(folder)
+
+    def _use(self, folder: Path) -> None:
+        """This is the run's dataset, as it is now."""
         used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
         write(self.folder / "dataset.json", json.dumps(used))
 

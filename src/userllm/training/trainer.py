@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -303,7 +304,12 @@ def save_trainable(model: nn.Module, file: Path) -> None:
 
 def load_trainable(model: nn.Module, file: Path) -> None:
     """Read back what ``save_trainable`` wrote."""
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise UserError(
+            f"{file}: damaged ({error}); remove {file.parent}, and training goes on from the one before, or anew"
+        ) from error
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if trainable.keys() != weights.keys():
         raise RuntimeError(

@@ -110,6 +110,7 @@ def test_memory_changes_nothing(tmp_path, rows, memory):
 @OFTEN
 @given(ROWS, ROWS)
 def test_appending_is_preparing_all_at_once(tmp_path, rows, more):
+    # one is CSV and one JSON, so that they differ where the rows are the same: a file is appended once
     one, two = write_csv(tmp_path / "1.csv", rows), write_jsonl(tmp_path / "2.jsonl", more)
     dataset = prepare_table(replace(CONFIG, path=[str(one)]), tmp_path / "grown")
     old_items, old_users = dataset.item_ids, dataset.user_ids

@@ -169,14 +169,14 @@ def parquet_rows(path: Path, wanted: Sequence[str], size: int) -> Iterator[Rows]
 
 
 def _as_text(column: pl.Series) -> pl.Series:
-    if column.dtype == pl.String or column.dtype.is_temporal():
+    if column.dtype == pl.String or column.dtype in (pl.Date, pl.Datetime):
         return column
     if column.dtype.is_float():
         whole = column.cast(pl.Int64, strict=False)
         same = whole.cast(column.dtype) == column
         text = pl.when(same).then(whole.cast(pl.String)).otherwise(column.cast(pl.String))
         return pl.select(text.alias(column.name)).to_series()
-    if column.dtype.is_nested() or column.dtype == pl.Binary:
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Duration):
         texts = [None if value is None else json.dumps(value, default=str) for value in column.to_list()]
         return pl.Series(column.name, texts, dtype=pl.String)
     return column.cast(pl.String)

@@ -70,12 +70,20 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 def format_of(path: Path) -> Format:
     """By the ending, "log.csv.gz" like "log.csv". Raises UserError for another one."""
-    ending = next((end for end in reversed(path.suffixes) if end.lower() not in PACKED), "").lower()
-    if ending not in FORMATS:
+    if not tells_format(path):
         raise UserError(
             f"{path}: cannot tell its format from its name; say which with --format (csv, tsv, jsonl, parquet)"
         )
-    return FORMATS[ending]
+    return FORMATS[_ending(path)]
+
+
+def tells_format(path: Path) -> bool:
+    """Whether a file's name says its format."""
+    return _ending(path) in FORMATS
+
+
+def _ending(path: Path) -> str:
+    return next((end for end in reversed(path.suffixes) if end.lower() not in PACKED), "").lower()
 
 
 def occurrences(block: bytes, byte: bytes) -> int:

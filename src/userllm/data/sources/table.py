@@ -6,10 +6,12 @@ asked for, and the card says what became of every row: read = kept + rejected + 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,11 +27,14 @@ from userllm.data.sources.event_rows import SHOWN, EventRows, Rejects
 from userllm.data.sources.fetch import sha256_of
 from userllm.data.sources.json_rows import json_rows, parquet_rows
 from userllm.data.sources.list_column import list_column
-from userllm.data.sources.raw_files import Rejected, Rows, find_files, format_of
+from userllm.data.sources.raw_files import Format, Rejected, Rows, find_files, format_of, tells_format
 from userllm.data.sources.table_config import ItemsConfig, TableConfig
 from userllm.data.sources.values import TimeReader
 from userllm.data.store import Dataset
 from userllm.errors import UserError
+
+A_YEAR = 365 * 24 * 3600
+"""Seconds."""
 
 
 def prepare_table(config: TableConfig, out: Path, name: str = "table") -> Dataset:
@@ -56,6 +61,10 @@ def append_table(
             f"{folder}: made from {old.card.source.kind}, not by `data prepare table`; prepare it again "
             "from all its files"
         )
+    if item_paths and not old.card.recipe["items"]["key"]:
+        raise UserError(
+            f"{folder}: prepared without items, so that nothing says how theirs are read; prepare it again with --items"
+        )
     items = ItemsConfig(**old.card.recipe["items"] | {"path": list(item_paths)})
     new = {"path": list(paths), "items": items, "memory": memory, "on_bad_rows": on_bad_rows}
     return _build(TableConfig(**old.card.recipe | new), folder, old.card.name, old)
@@ -80,8 +89,12 @@ def _build(config: TableConfig, out: Path, name: str, old: Dataset | None) -> Da
             builder.start_from(old, TimeReader(config.time_unit, found=False).ticks)
         if config.items.path:
             builder.add_items(reader.items())
+            reader.check_keys(old)
         for batch in ahead(reader.batches(files)):
+            if old is not None:
+                _check_unit(batch, reader.time, old, config.path)
             builder.add(batch)
+        reader.check_keys(old)
         found = reader.time
         recipe = asdict(replace(config, path=[], items=replace(config.items, path=[]), time_unit=found.unit))
         builder.finish(
@@ -101,12 +114,29 @@ def source_of(kind: str, patterns: Sequence[str], files: Sequence[Path]) -> Sour
     digests = [sha256_of(file) for file in files]
     whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     label = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-    return Source(kind, ", ".join(patterns), label, whole, "path")
+    return Source(kind, ", ".join(patterns), label, whole, "path", tuple(digests) if len(digests) > 1 else ())
 
 
 def _joined(old: Source, new: Source) -> Source:
+    """Raises UserError for a file that is in already: its events would be there twice."""
+    there, added = (one.parts or (one.sha256,) for one in (old, new))
+    if again := set(there) & set(added):
+        raise UserError(
+            f"{new.where}: in the dataset already, {len(again)} of {len(added)} files; give new ones alone"
+        )
     both = hashlib.sha256((old.sha256 + new.sha256).encode()).hexdigest()
-    return replace(new, where=f"{old.where}, {new.where}", file=f"{old.file}, then {new.file}", sha256=both)
+    where, file = f"{old.where}, {new.where}", f"{old.file}, then {new.file}"
+    return replace(new, where=where, file=file, sha256=both, parts=(*there, *added))
+
+
+def _check_unit(batch: EventBatch, time: TimeReader, old: Dataset, paths: Sequence[str]) -> None:
+    """Raise UserError where new times, taken as the dataset's are, would all be of 1970 and the dataset's are not."""
+    begins, of_1970 = old.card.time_span[0], batch.events["time"].is_between(0, A_YEAR * time.ticks - 1)
+    if begins > A_YEAR and len(of_1970) and of_1970.all():
+        raise UserError(
+            f"{', '.join(paths)}: as {time} these events are of 1970, and the dataset begins in "
+            f"{datetime.fromtimestamp(begins, UTC).year}; give times of the same unit"
+        )
 
 
 class TableReader:
@@ -120,6 +150,7 @@ class TableReader:
         unit = config.time_unit
         time = None if unit == "auto" else TimeReader(unit, found=False)
         self.events = EventRows(columns, numbers, config.text, config, rejects, time)
+        self._lacking: dict[tuple[str, ...], set[str]] = {}
 
     @property
     def time(self) -> TimeReader:
@@ -129,28 +160,62 @@ class TableReader:
     def batches(self, files: Sequence[Path]) -> Iterator[EventBatch]:
         """Every row of the files, in order."""
         for file in files:
-            for rows in ahead(self._rows(file, self.config.columns())):
+            for rows in ahead(self._events(file)):
                 yield self.events.batch(rows)
 
-    def _rows(self, file: Path, wanted: list[str]) -> Iterator[Rows]:
-        kind = self.config.format or format_of(file)
+    def check_keys(self, old: Dataset | None) -> None:
+        """Raise UserError where no row of the files that were read has a key: JSON names none of what it lacks.
+
+        old: what they are added to; then they are few, and may lack what others have.
+        """
+        if old is not None:
+            return
+        for paths, lacking in self._lacking.items():
+            if lacking:
+                raise UserError(
+                    f"{', '.join(paths)}: no row has {' or '.join(sorted(lacking))}; check how it is spelt"
+                )
+
+    def _events(self, file: Path) -> Iterator[Rows]:
+        config = self.config
+        kind = config.format or format_of(file)
+        return self._rows(file, kind, config.separator, config.header, config.columns(), config.path)
+
+    def _item_rows(self, file: Path) -> Iterator[Rows]:
+        config, items = self.config, self.config.items
+        kind = items.format or (config.format if not tells_format(file) else None) or format_of(file)
+        wanted = [name for name in (items.key, items.title, items.category) if name]
+        separator = config.separator if items.column_separator is None else items.column_separator
+        return self._rows(file, kind, separator, items.header, wanted, items.path)
+
+    def _rows(
+        self, file: Path, kind: Format, separator: str, header: list[str], wanted: list[str], paths: list[str]
+    ) -> Iterator[Rows]:
+        """The rows of one of the files that ``paths`` are."""
         if kind == "parquet":
             return parquet_rows(file, wanted, self.block)
         if kind == "jsonl":
-            return json_rows(file, wanted, self.block)
-        separator = "\t" if kind == "tsv" else self.config.separator
-        return csv_rows(file, separator, kind == "csv", self.config.header or None, wanted, self.block)
+            return self._noting(json_rows(file, wanted, self.block), wanted, tuple(paths))
+        separator = "\t" if kind == "tsv" else separator
+        return csv_rows(file, separator, kind == "csv", header or None, wanted, self.block)
+
+    def _noting(self, found: Iterator[Rows], wanted: list[str], paths: tuple[str, ...]) -> Iterator[Rows]:
+        """The rows, and which keys none of them has."""
+        for rows in found:
+            if len(rows.frame):
+                lacking = self._lacking.setdefault(paths, set(wanted))
+                lacking -= {name for name in wanted if rows.frame[name].null_count() < len(rows.frame)}
+            yield rows
 
     def items(self) -> pl.DataFrame:
         """The catalogue in the order of its files: id, title, category."""
         config = self.config.items
-        wanted = [name for name in (config.key, config.title, config.category) if name]
         seen: dict[str, tuple[Path, int]] = {}
         ids: list[str] = []
         titles: list[str] = []
         categories: list[tuple[str, ...]] = []
         for file in find_files(config.path):
-            for rows in self._rows(file, wanted):
+            for rows in self._item_rows(file):
                 lines, bad = rows.lines(), list(rows.rejected)
                 text = {name: rows.frame[name].cast(pl.String).to_list() for name in rows.frame.columns}
                 nothing = [None] * len(lines)
@@ -184,8 +249,10 @@ def _categories(text: str | None, separator: str) -> tuple[str, ...]:
     if not text:
         return ()
     if text.startswith("["):
-        try:
-            return tuple(str(value) for value in json.loads(text))
-        except ValueError:  # a plain text that begins like a list
-            return (text,)
+        for read in (json.loads, ast.literal_eval):  # pandas writes a list as Python does
+            try:
+                return tuple(str(value) for value in read(text) if value is not None)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                continue
+        return (text,)  # a plain text that begins like a list
     return tuple(part.strip() for part in text.split(separator) if part.strip())

@@ -26,6 +26,12 @@ class ItemsConfig:
     """Column of the categories, the dataset's item field ``category``: several apart by ``separator``, or a list."""
     separator: str = "|"
     """What stands between two categories."""
+    format: Format | None = None
+    """csv, tsv, jsonl or parquet where the file's name does not say it; that of the events if null."""
+    column_separator: str | None = None
+    """What stands between two columns of a CSV file; as in the events if null."""
+    header: list[str] = field(default_factory=list)
+    """Names of all columns where the file has no line with them."""
 
 
 @dataclass
@@ -61,8 +67,12 @@ class TableConfig(EventFilters):
             if name.rpartition(":")[2] not in KINDS or not name.rpartition(":")[0]:
                 raise UserError(f"field {name!r}: give COLUMN:KIND, where KIND is {' or '.join(KINDS)}")
         self.check([column for column, _ in self.number_columns()])
-        if len(self.separator.encode()) != 1 or self.separator in '"\r\n':
-            raise UserError(f"separator is {self.separator!r}; give one plain character")
+        for name, sign in (
+            ("separator", self.separator),
+            ("items.column_separator", self.items.column_separator),
+        ):
+            if sign is not None and (len(sign.encode()) != 1 or sign in '"\r\n'):
+                raise UserError(f"{name} is {sign!r}; give one plain character")
         columns = self.columns()
         for name in ("user", "item", "time"):
             if self.path and not getattr(self, name):

@@ -18,6 +18,7 @@ ISO_FORMATS = (
     "%Y-%m-%d %H:%M:%S%.f%z",
     "%Y-%m-%d %H:%M%z",
 )
+DATE_IN_DIGITS = r"^(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])$"
 LEAST, MOST = -62_135_596_800, 253_402_300_799
 """Seconds since 1970 of the years 1 and 9999: a time outside was meant otherwise."""
 SAMPLE = 10_000
@@ -61,6 +62,11 @@ class TimeReader:
         values = values.filter(values != "")
         numbers = values.cast(pl.Float64, strict=False).drop_nulls()
         if len(numbers) * 2 > len(values):
+            if values.cast(pl.String).str.contains(DATE_IN_DIGITS).all():
+                raise UserError(
+                    f"{where}: times like {values[0]} may be dates or seconds; say which with --time-unit "
+                    '"%Y%m%d" or --time-unit s'
+                )
             middle = abs(float(numbers.median() or 0.0))  # type: ignore[arg-type]
             return cls(
                 next((u for u, top in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if middle < top), "ns"), True
@@ -110,6 +116,7 @@ def _dates(column: pl.Series, formats: tuple[str, ...], iso: bool) -> pl.Series:
             text.str.replace(r"[Tt]", " ")
             .str.replace(r" ?[Zz]$", "+0000")
             .str.replace(r"([+-]\d\d):?(\d\d)$", "$1$2")
+            .str.replace(r"(:\d\d(?:\.\d+)?[+-]\d\d)$", "${1}00")
         )
     found = pl.Series(column.name, [None] * len(column), dtype=pl.Int64)
     for pattern in formats:
