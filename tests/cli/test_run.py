@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -177,3 +180,57 @@ def test_two_runs_in_one_folder_do_not_get_into_each_others_way(finished, userll
     assert (tmp_path / "runs/demo/config.yaml").read_text() == before
     assert (tmp_path / "runs/demo/.lock").is_file()
     assert userllm("pretrain", "config.yaml", cwd=tmp_path).code == 0
+
+
+def test_a_run_that_is_refused_its_data_stays_the_run_it_was(userllm, finished, tmp_path):
+    """Its dataset changed; the refused command must not leave settings behind that make its report another's."""
+    shutil.copytree(finished / "runs/demo", tmp_path / "runs/demo")
+    shutil.copytree(finished / "runs/demo/dataset", tmp_path / "data")
+    shutil.copy(finished / "config.yaml", tmp_path)
+    here = ["config.yaml", "data.path=null", "data.release=null", "data.folder=data", "name=shop"]
+    assert userllm("run", *here, cwd=tmp_path).code == 0
+    before = (tmp_path / "runs/shop/config.yaml").read_text()
+    card = json.loads((tmp_path / "data/card.json").read_text())
+    (tmp_path / "data/card.json").write_text(json.dumps(card | {"fingerprint": "0" * 64}))
+    said = userllm("evaluate", *here, "evaluation.beams=5", cwd=tmp_path)
+    assert "data: has changed since this run began" in said.error
+    assert (tmp_path / "runs/shop/config.yaml").read_text() == before
+    assert userllm("report", "runs/shop", cwd=tmp_path).code == 0
+
+
+def test_data_that_are_mended_before_anything_was_made_of_them(userllm, finished, tmp_path):
+    shutil.copytree(finished / "runs/demo/dataset", tmp_path / "data")
+    shutil.copy(finished / "config.yaml", tmp_path)
+    here = ["config.yaml", "data.path=null", "data.release=null", "data.folder=data"]
+    assert "colour" in userllm("pretrain", *here, "data.fields=[item,colour]", cwd=tmp_path).error
+    card = json.loads((tmp_path / "data/card.json").read_text())
+    (tmp_path / "data/card.json").write_text(json.dumps(card | {"fingerprint": "0" * 64}))
+    assert userllm("pretrain", *here, cwd=tmp_path).code == 0
+    assert json.loads((tmp_path / "runs/demo/dataset.json").read_text())["fingerprint"] == "0" * 64
+
+
+def test_a_model_does_not_grow_over_itself_and_says_what_it_replaces(userllm, finished, tmp_path):
+    shutil.copytree(finished / "runs/demo/contextualize/model", tmp_path / "model")
+    data = ["--data", finished / "runs/demo/dataset"]
+    said = userllm("grow", tmp_path / "model", *data, "--out", tmp_path / "model")
+    assert "this is the model that is to grow; give another folder" in said.error
+    assert "replaced" not in userllm("grow", tmp_path / "model", *data, "--out", tmp_path / "other").err
+    said = userllm("grow", tmp_path / "model", *data, "--out", tmp_path / "other")
+    assert said.code == 0 and "other holds a model; it is replaced" in said.err
+
+
+def test_a_reader_that_has_seen_enough():
+    command = f"set -o pipefail; {sys.executable} -m userllm settings | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk():
+    command = f"{sys.executable} -m userllm settings > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: the disk: No space left on device; make room, and give the same command again\n"
+    )

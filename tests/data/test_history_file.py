@@ -26,6 +26,10 @@ def test_without_times_the_file_has_the_order(tmp_path):
     assert len(read_history(written(tmp_path, []))) == 0
 
 
+def test_a_mark_of_byte_order_is_no_event(tmp_path):
+    assert len(read_history(written(tmp_path, "\ufeff" + json.dumps([{"item": "a"}])))) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -36,6 +40,7 @@ def test_without_times_the_file_has_the_order(tmp_path):
         ([{"item": ""}], "event 1: item is"),
         ([{"item": True}], "event 1: item is true"),
         ([{"item": "a", "time": "1995"}], 'event 1: time is "1995", not whole seconds'),
+        ([{"item": "a", "time": 1700000000000}], "event 1: time is 1700000000000, not whole seconds"),
         ([{"item": "a", "time": 1}, {"item": "b"}], "event 2: time is missing; give it for every event"),
         (
             [{"item": "a", "ratings": 3}],

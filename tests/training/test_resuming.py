@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from userllm.data.batches import BatchConfig
+from userllm.errors import UserError
 from userllm.training import trainer as trainer_module
 from userllm.training.trainer import COMPLETE, TRAIN_CPU, last_checkpoint
 
@@ -97,6 +98,17 @@ def test_checkpoints_hold_trainable_weights_only(run_contextualize, tmp_path):
     trainable = {f"model.{name}" for name, weight in model.named_parameters() if weight.requires_grad}
     assert set(weights) == trainable
     assert not any(".layer." in name or "embed" in name for name in weights)
+
+
+def test_a_damaged_checkpoint_is_named(run_contextualize, interrupted, tmp_path):
+    with interrupted(step=4):
+        run_contextualize(tmp_path / "contextualize")
+    file = tmp_path / "contextualize" / "checkpoint-4" / "trainable.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(
+        UserError, match=r"checkpoint-4/trainable\.safetensors: damaged .*; remove .*checkpoint-4,"
+    ):
+        run_contextualize(tmp_path / "contextualize")
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
