@@ -8,6 +8,7 @@ import torch
 
 from userllm.decoding.beam_search import search_free
 from userllm.errors import UserError
+from userllm.language_models.products import products_in_bfloat16
 from userllm.text_in_lm import TextInLM
 
 every_normalization = pytest.mark.parametrize("normalization", ["catalogue", "vocabulary"])
@@ -125,6 +126,20 @@ def test_texts_side_by_side_equal_texts_in_rows(make_model, histories, architect
         close(side_by_side.scores, rows.scores)
         del model.reads_trees
         model.store_lower_states()
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_what_rounded_products_differ_by_is_no_other_text(make_model, rounded):
+    """On a GPU the same text, read in another shape, is rounded to bfloat16 otherwise now and then."""
+    model = make_model("llama")
+    if rounded:
+        products_in_bfloat16(model.lm)
+    draws = torch.Generator().manual_seed(0)
+    norm = model.lm.get_decoder().norm
+    norm.register_forward_hook(
+        lambda module, given, out: out * (1 + 0.01 * torch.randn(out.shape, generator=draws))
+    )
+    assert model.reads_trees == rounded
 
 
 @every_normalization

@@ -69,7 +69,7 @@ def _check_optional_groups(given: dict[str, Any], owner: type, prefix: str, wher
     hints = get_type_hints(owner)
     for name, value in given.items():
         branches = get_args(hints.get(name))
-        groups = [one for one in (hints.get(name), *branches) if _is_group(one)]
+        groups = [one for one in (hints.get(name), *branches) if isinstance(one, type) and is_dataclass(one)]
         if len(groups) != 1 or value is None:
             continue
         path, [group] = f"{prefix}{name}", groups

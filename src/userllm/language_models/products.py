@@ -42,6 +42,11 @@ class Bfloat16Linear(nn.Linear):
         return self._kept[1]
 
 
+def products_are_rounded(lm: nn.Module) -> bool:
+    """Whether ``products_in_bfloat16`` was done to it."""
+    return any(isinstance(module, Bfloat16Linear) for module in lm.modules())
+
+
 def products_in_bfloat16(lm: nn.Module) -> int:
     """Replace every linear layer inside the LM's lists of layers, in place; returns how many there were.
 
