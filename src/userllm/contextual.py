@@ -39,6 +39,7 @@ from userllm.fusion.prefix import Prefix, position_ids
 from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
+from userllm.language_models.positions import position_limit
 from userllm.lower_states import LowerStates
 from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM, TextTreeInLM, reads_trees
@@ -488,6 +489,9 @@ class ContextualLM(nn.Module):
             raise UserError(
                 'gradient checkpointing drops the keys and values that fusion.attend "answer" needs; use "text"'
             )
+        if self._position_limit is not None:
+            read = 0 if cache is None else cache.get_seq_length()
+            self._check_length(self._position_limit, read + text.shape[1], mask, positions)
         left = {}
         if source is not None:
             left = {"encoder_hidden_states": source.states, "encoder_attention_mask": source.mask.long()}
@@ -503,6 +507,22 @@ class ContextualLM(nn.Module):
                 **given, **left, past_key_values=cache, use_cache=cache is not None, return_dict=True
             )
         return output.last_hidden_state
+
+    @cached_property
+    def _position_limit(self) -> int | None:
+        return position_limit(self.lm)
+
+    def _check_length(self, limit: int, length: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Raises UserError for texts that go on where the LM has no positions; ``length`` counts padding."""
+        if positions is not None:
+            length = int(positions.max()) + 1
+        elif mask is not None:
+            length = int(mask.sum(1).max())
+        if length > limit:
+            raise UserError(
+                f"{type(self.lm).__name__} reads texts of {limit:,} tokens, and this one has {length:,}; shorten "
+                "prompts, titles or histories as text (fusion.text.max_tokens), or write fewer tokens"
+            )
 
     def _closed_answers(self, task: ClosedTask) -> ClosedAnswers:
         tree = PrefixTree.from_texts(task.answers, self.tokenizer)

@@ -11,6 +11,7 @@ from userllm.events import Event, UserHistory
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
+from userllm.fusion.source import new_cache
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +355,23 @@ def test_a_prompt_of_one_token_and_no_history(make_user_llm):
     token = model.tokenizer.decode([40])
     assert len(model.tokenizer(token, add_special_tokens=True)["input_ids"]) == 1
     assert model.generate(token, nobody, max_new_tokens=3) == model.generate(token, None, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("lm", ["tiny-random-llama", "tiny-random-gpt2"])
+def test_a_text_for_which_the_language_model_has_no_positions(make_user_llm, lm):
+    model = make_user_llm("enc", lm)
+    text = torch.ones(1, 1025, dtype=torch.long)
+    with torch.no_grad(), model.without_user():
+        assert model.hidden(text[:, :1024]).shape[1] == 1024
+        cache = new_cache(model.lm)
+        model.hidden(text[:, :1024], cache=cache)
+        if lm == "tiny-random-llama":  # rotary positions go on
+            assert model.hidden(text).shape[1] == 1025
+            return
+        mask = torch.arange(1025)[None] > 0  # one token of padding on the left
+        assert model.hidden(text, mask=mask).shape[1] == 1025
+        for more in ({"text": text}, {"text": text[:, :1], "cache": cache}):
+            with pytest.raises(
+                UserError, match="reads texts of 1,024 tokens, and this one has 1,025; shorten"
+            ):
+                model.hidden(**more)
