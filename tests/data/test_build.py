@@ -1,5 +1,6 @@
 """Streaming preparation: blocks and ranges of any size give one result; numbers by first appearance; sizes."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -115,12 +116,22 @@ def test_rows_have_to_add_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def again(log):
+    """The rows of a file in another one: a file itself is appended once."""
+    other = log.with_suffix(".jsonl")
+    header, *rows = log.read_text().splitlines()
+    other.write_text(
+        "\n".join(json.dumps(dict(zip(header.split(","), row.split(","), strict=True))) for row in rows)
+    )
+    return str(other)
+
+
 def test_append_counts_repeated_pairs_once_more(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("u,i,t\na,x,1\na,x,2\na,y,3\n")
     config = TableConfig(path=[str(log)], user="u", item="i", time="t", repeated="first")
     prepare_table(config, tmp_path / "out")
-    grown = append_table(tmp_path / "out", [str(log)])
+    grown = append_table(tmp_path / "out", [again(log)])
     assert grown.card.rows == RowCounts(6, 2, 0, {"repeated pairs of user and item, all but the first": 4})
     whole = prepare_table(replace(config, path=[str(log), str(tmp_path / "*.csv")]), tmp_path / "whole")
     assert whole.num_events == 2
@@ -139,7 +150,7 @@ def test_somebody_else_replaced_the_dataset_meanwhile(tmp_path, monkeypatch):
 
     monkeypatch.setattr(table, "DatasetBuilder", late)
     with pytest.raises(UserError, match="was changed meanwhile by another command"):
-        append_table(tmp_path / "out", [str(log)])
+        append_table(tmp_path / "out", [again(log)])
     assert Dataset.open(tmp_path / "out").num_events == 1
 
 
@@ -157,9 +168,9 @@ def test_one_command_at_a_time_writes_a_dataset(tmp_path):
         DatasetBuilder(tmp_path / "out", FIELDS),
         pytest.raises(UserError, match="another command is writing"),
     ):
-        append_table(tmp_path / "out", [str(log)])
-    assert append_table(tmp_path / "out", [str(log)]).num_events == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "out", "out.2"]
+        append_table(tmp_path / "out", [again(log)])
+    assert append_table(tmp_path / "out", [again(log)]).num_events == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "log.jsonl", "out", "out.2"]
 
 
 def test_what_a_killed_command_left_is_removed(tmp_path):
