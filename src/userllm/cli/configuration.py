@@ -36,12 +36,11 @@ def checked_config(base: dict[str, Any], where: str) -> RunConfig:
 
     Raises UserError as ``load_config`` does.
     """
-    default = RunConfig(encoder=_encoder_class(base, f"{where}: ")())
+    encoder = _encoder_class(base, f"{where}: ")
     parser = ArgumentParser(exit_on_error=False, prog="config")
     parser.add_class_arguments(RunConfig, skip={"encoder"})
-    parser.add_class_arguments(type(default.encoder), "encoder")
-    _check_groups(base, default, f"{where}: ")
-    _check_optional_groups(base, RunConfig, "", where)
+    parser.add_class_arguments(encoder, "encoder")
+    _check_groups(base, RunConfig, where)
     built = _built(parser, base, where)
     try:
         return RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
@@ -60,35 +59,41 @@ def _built(parser: ArgumentParser, values: dict[str, Any], where: str, group: st
         raise UserError(f"{where}: {group}{error}") from error
 
 
-def _check_optional_groups(given: dict[str, Any], owner: type, prefix: str, where: str) -> None:
-    """Raise UserError for what is wrong within a group that may be null.
+def _check_groups(given: dict[str, Any], owner: type, where: str, prefix: str = "") -> None:
+    """Raise UserError where a single value stands for a whole group of settings, and for what is wrong within a group
+    that may be null.
 
-    Each is parsed by itself, the innermost first: of a union the parser names every branch, and the true problem is
-    lost among them.
+    Such a group is parsed by itself, the innermost first: of a union the parser names every branch, and the true
+    problem is lost among them.
     """
     hints = get_type_hints(owner)
     for name, value in given.items():
         branches = get_args(hints.get(name))
         groups = [one for one in (hints.get(name), *branches) if isinstance(one, type) and is_dataclass(one)]
-        if len(groups) != 1 or value is None:
+        if not groups or value is None:
             continue
-        path, [group] = f"{prefix}{name}", groups
-        if dict in (hints[name], get_origin(hints[name])):  # groups by name
+        path, optional = f"{prefix}{name}", type(None) in branches
+        if get_origin(hints[name]) is dict:  # groups by name
             for key, one in value.items() if isinstance(value, dict) else ():
                 if isinstance(one, dict):
-                    _check_optional_groups(one, group, f"{path}.{key}.", where)
-            continue
-        if isinstance(value, dict):
-            _check_optional_groups(value, group, f"{path}.", where)
-        if type(None) not in branches:
+                    _check_groups(one, groups[0], where, f"{path}.{key}.")
             continue
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {_not_a_group(path, value)}, or null")
-        parser = ArgumentParser(exit_on_error=False, prog="config")
-        parser.add_class_arguments(group, path)
-        for part in reversed(path.split(".")):
-            value = {part: value}
-        _built(parser, value, where, f"{path}: ")
+            null = ", or null" if optional else ""
+            raise UserError(
+                f"{where}: {path} is a group of settings, not {value!r}; set one of them ({path}.x=...){null}"
+            )
+        if (
+            len(groups) > 1
+        ):  # an encoder's kinds, which have no groups in them; the kind that is meant is known
+            continue
+        _check_groups(value, groups[0], where, f"{path}.")
+        if optional:
+            parser = ArgumentParser(exit_on_error=False, prog="config")
+            parser.add_class_arguments(groups[0], path)
+            for part in reversed(path.split(".")):
+                value = {part: value}
+            _built(parser, value, where, f"{path}: ")
 
 
 def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:
@@ -128,21 +133,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _check_groups(given: dict[str, Any], default: Any, where: str) -> None:
-    """Raise UserError where a single value stands for a whole group of settings."""
-    for name, value in given.items():
-        group = getattr(default, str(name), None)
-        if not is_dataclass(group) or value is None:
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{where}{_not_a_group(name, value)}")
-        _check_groups(value, group, f"{where}{name}.")
-
-
-def _not_a_group(name: str, value: Any) -> str:
-    return f"{name} is a group of settings, not {value!r}; set one of them ({name}.x=...)"
 
 
 def describe_settings(group: Any = None, prefix: str = "") -> Iterator[tuple[str, str, str]]:

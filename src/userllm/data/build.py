@@ -263,10 +263,9 @@ class DatasetBuilder:
         columns = {name: read_column(events, name) for name in self.types if name != "user"}
         for column in self.numbers:
             write_column(self.files / "values", column, distinct(columns[column]))
-        if notes is not None and self.items is not None:
-            notes = [*notes, *_undescribed(items)]
         if notes is not None:
-            notes = [*notes, repeats_note(columns["item"], columns["time"], offsets)]
+            bare = [] if self.items is None else _undescribed(items)
+            notes = [*notes, *bare, repeats_note(columns["item"], columns["time"], offsets)]
         card = DatasetCard(
             format_version=FORMAT_VERSION,
             name=name,
