@@ -6,7 +6,6 @@ Everything in it comes from the model's config.json, so that it can be written a
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 
 from userllm.json_file import read_object
 from userllm.language_models.pretrained import PACKAGED
+from userllm.whole_file import write_text
 
 STRATEGIES = {
     "full": "language model, encoder and projection were trained",
@@ -32,9 +32,7 @@ def write_description(folder: Path, description: Mapping[str, Any], name: str) -
         ("config.json", json.dumps(description, indent=2) + "\n"),
         ("README.md", model_card(description, name)),
     ):
-        partial = folder / f".{file}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / file)
+        write_text(folder / file, text)
 
 
 def add_to_description(folder: Path, run: Mapping[str, Any], name: str) -> None:

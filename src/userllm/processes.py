@@ -30,6 +30,9 @@ Result = TypeVar("Result")
 _PATIENCE = timedelta(days=7)
 """How long the others wait while the main process prepares data. When a process dies, its launcher ends them all."""
 
+_LAUNCHED_WITH = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher says to each process beside WORLD_SIZE."""
+
 _group: dist.ProcessGroup | None = None
 _in_batch = False
 
@@ -38,12 +41,18 @@ def start() -> None:
     """Join the other processes if a launcher started several; more calls do nothing more.
 
     The processes that are not the main one stop printing to standard output. Each takes the accelerator of its number
-    on its machine; without one, CPUs talk through gloo. Raises UserError for more processes than accelerators.
+    on its machine; without one, CPUs talk through gloo. Raises UserError for more processes than accelerators, and
+    where what a launcher says is not whole.
     """
     global _group
     if _group is not None or launched() < 2:
         return
     if not dist.is_initialized():
+        if missing := [name for name in _LAUNCHED_WITH if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE is {launched()}, and {', '.join(missing)} not set: several processes are started by "
+                "torchrun or accelerate launch, which set them all; for one alone unset WORLD_SIZE"
+            )
         dist.init_process_group(_backend())
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     assert isinstance(group, dist.ProcessGroup)  # it is everybody's
@@ -53,8 +62,14 @@ def start() -> None:
 
 
 def launched() -> int:
-    """How many processes a launcher started, by what it says to each; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher started, by what it says to each; 1 without one. Raises UserError where that is no
+    number."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdigit():
+        raise UserError(
+            f"the environment's WORLD_SIZE is {said!r}; a launcher sets it to a number, or unset it"
+        )
+    return int(said)
 
 
 def stop() -> None:

@@ -94,6 +94,20 @@ def test_unknown_items_keep_their_place_and_are_named(dataset):
     assert batch.lengths.tolist() == [4, 0]
 
 
+def test_a_misspelt_field_is_named_and_one_of_somebody_elses_is_not(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    events = [
+        Event("i5", fields={"ratng": 4, "review": "dull"}),
+        Event("i6", fields={"Rating": 4}),
+        Event("i7", fields={"rating": 4, "ratings": 4}),
+    ]
+    batch, unread = encode_user_history([UserHistory(events)], vocabulary, dataset.items)
+    assert (
+        str(unread) == "fields that the model does not have are not read: ratng (rating?), Rating (rating?)"
+    )
+    assert batch.fields["rating"][0, :2].tolist() == [1, 1] and batch.fields["rating"][0, 2] > 1
+
+
 def test_a_title_of_several_items_is_named_with_their_ids(catalogue):
     """One of them is meant where it is called as answers call it."""
     ids = FieldVocabulary("item", "single", catalogue["id"].to_list())

@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import signal
+import sys
+import time
 from threading import Thread
 
 import pytest
@@ -11,6 +15,7 @@ from filelock import FileLock
 import userllm
 from userllm.cli import main
 from userllm.errors import UserError
+from userllm.experiments import runner as runner_module
 from userllm.experiments.cells import CellStore
 from userllm.experiments.definition import experiment_names, load_experiment, settings_hash
 from userllm.experiments.report import write_experiment_report
@@ -379,6 +384,46 @@ def test_ctrl_c_is_the_end_of_every_job(tmp_path, monkeypatch):
         runner.run([FAMILY], "smoke", only=["reference", "proj", "mlp"], extra=QUICK)
     assert len(calls) == 1  # the second one waited for the stage 1 that they share
     assert not any("failed" in line for line in said)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_reaches_the_processes(tmp_path, monkeypatch, jobs):
+    """As a scheduler sends it: to the runner alone."""
+    script = tmp_path / "sleeper.py"
+    script.write_text(
+        "import os, pathlib, sys, time\npathlib.Path(sys.argv[0]).with_suffix('.pid').write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    own = runner_module.subprocess.Popen
+    monkeypatch.setattr(
+        runner_module.subprocess, "Popen", lambda command, **how: own([sys.executable, str(script)], **how)
+    )
+
+    def send() -> None:
+        while not (script.with_suffix(".pid").is_file() and script.with_suffix(".pid").read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = Thread(target=send)
+    said = []
+    sender.start()
+    began = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Runner(tmp_path, say=said.append, jobs=jobs).ended_by_sigterm() as runner,
+    ):
+        runner.run([FAMILY], "smoke", only=["reference", "proj"], extra=QUICK)
+    sender.join()
+    child = int(script.with_suffix(".pid").read_text())
+    while time.monotonic() < began + 30:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    assert time.monotonic() < began + 30
+    assert not any("failed" in line for line in said)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_two_runners_do_a_cell_once(done, tmp_path):

@@ -176,3 +176,21 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch):
         processes.fsdp_asked()
     assert "ACCELERATE_USE_FSDP" not in os.environ
     assert processes.fsdp_asked() is False
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (
+            "2",
+            "WORLD_SIZE is 2, and RANK, MASTER_ADDR, MASTER_PORT not set: several processes are started by torchrun",
+        ),
+        ("two", "the environment's WORLD_SIZE is 'two'; a launcher sets it to a number, or unset it"),
+    ],
+)
+def test_half_a_launchers_environment_is_refused(size, said, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=said):
+        processes.start()

@@ -163,7 +163,8 @@ def run(arguments: argparse.Namespace) -> None:
         pace=(first, second),
         jobs=arguments.jobs,
     )
-    failed = runner.run(experiments, arguments.scale, arguments.seeds, arguments.only, arguments.set)
+    with runner.ended_by_sigterm():
+        failed = runner.run(experiments, arguments.scale, arguments.seeds, arguments.only, arguments.set)
     if failed:
         raise UserError(f"{len(failed)} cells failed: {', '.join(failed)}; what they said stands above")
 
@@ -177,9 +178,10 @@ def pace(arguments: argparse.Namespace) -> None:
         raise UserError(f"--steps is {arguments.steps}; it must be at least 1")
     _check_alone("pace")
     experiment = load_experiment(arguments.name)
-    measured = Runner(arguments.out, _launch(arguments.scale)).measured_pace(
-        experiment, arguments.scale, arguments.set, arguments.steps, arguments.cell
-    )
+    with Runner(arguments.out, _launch(arguments.scale)).ended_by_sigterm() as runner:
+        measured = runner.measured_pace(
+            experiment, arguments.scale, arguments.set, arguments.steps, arguments.cell
+        )
     print(
         f"{experiment.name}, {arguments.cell or experiment.reference}: "
         f"stage 2 of {measured.steps:,} steps took {measured.here:,.0f} CPU "

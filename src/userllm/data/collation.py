@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 
 import numpy as np
@@ -25,15 +26,17 @@ class Unread:
     """What of some histories is read as unknown, each once and in order.
 
     items: ids or titles that the model has never seen. titles: by a title that several items have, their ids. values:
-    of the events' fields, like "rating 99".
+    of the events' fields, like "rating 99". fields: that nobody reads but look like one that is left out, like "ratng
+    (rating?)".
     """
 
     items: list[str]
     titles: dict[str, list[str]]
     values: list[str]
+    fields: list[str]
 
     def __bool__(self) -> bool:
-        return bool(self.items or self.titles or self.values)
+        return bool(self.items or self.titles or self.values or self.fields)
 
     def __str__(self) -> str:
         several = [f"{title} ({listed(ids)})" for title, ids in self.titles.items()]
@@ -41,6 +44,7 @@ class Unread:
             ("items that the model has never seen are read as unknown", self.items),
             ("titles that several items have are read as unknown, give an id", several),
             ("values that the model has never seen are read as unknown", self.values),
+            ("fields that the model does not have are not read", self.fields),
         )
         return "; ".join(f"{what}: {listed(names)}" for what, names in said if names)
 
@@ -122,7 +126,8 @@ class HistoryCollator:
         event_ids = {
             f.name: np.full(shape, UNKNOWN, dtype=np.int64) for f in [*self.event_fields, *self.time_fields]
         }
-        unknown, values = dict[str, None](), dict[str, None]()
+        unknown, values, misspelt = dict[str, None](), dict[str, None](), dict[str, None]()
+        known = {field.name for field in self.event_fields}
         for b, row in enumerate(events):
             mask[b, : len(row)] = True
             whole = np.array(
@@ -138,6 +143,8 @@ class HistoryCollator:
                 item_rows[b, s] = self.row_of(event.item)
                 if self.item_vocabulary_ids[item_rows[b, s]] == UNKNOWN:
                     unknown[event.item] = None
+                if event.fields and (left_out := known - event.fields.keys()):
+                    misspelt |= dict.fromkeys(_misspelt(event.fields.keys() - known, left_out))
                 for field in self.event_fields:
                     value = event.fields.get(field.name)
                     if value is None:
@@ -148,7 +155,8 @@ class HistoryCollator:
         batch = self.from_arrays(item_rows, event_ids, times, mask)
         batch.texts = [_texts_of(row) for row in events]
         several = {title: self._shared_titles[title] for title in unknown if title in self._shared_titles}
-        return batch, Unread([item for item in unknown if item not in several], several, list(values))
+        items = [item for item in unknown if item not in several]
+        return batch, Unread(items, several, list(values), list(misspelt))
 
     def row_of(self, item: str) -> int:
         """The item's row in the table, by raw id, unique title, or "title [2]"; ``num_items`` where there is none."""
@@ -169,6 +177,12 @@ class HistoryCollator:
             return {}
         by_title = self.items.group_by("title", maintain_order=True).agg("id")
         return dict(by_title.filter(pl.col("id").list.len() > 1).select("title", "id").iter_rows())
+
+
+def _misspelt(given: Set[str], left_out: Set[str]) -> list[str]:
+    """Which of the fields that are not read may be meant for one that is left out. Others may be texts to be shown."""
+    found = [(name, get_close_matches(name.lower(), left_out, n=1)) for name in sorted(given)]
+    return [f"{name} ({close[0]}?)" for name, close in found if close]
 
 
 def _texts_of(events: Sequence[Event]) -> TextOf:

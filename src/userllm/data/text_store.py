@@ -11,7 +11,6 @@ and the other lacks is cut off.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from userllm.errors import UserError
+from userllm.whole_file import write_text
 
 FORMAT_VERSION = 1
 _BLOCK = 1024  # texts between two writes: what an interruption can cost
@@ -51,9 +51,7 @@ class TextStore:
         if not (folder / "card.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             card = json.dumps({"format_version": FORMAT_VERSION, **asdict(encoder)}, indent=1)
-            partial = folder / ".card.json.partial"
-            partial.write_text(card + "\n", encoding="utf-8")
-            os.replace(partial, folder / "card.json")
+            write_text(folder / "card.json", card + "\n")
         store = cls.read(folder)
         made = store.encoder
         if (made.sha256, made.width) != (encoder.sha256, encoder.width):

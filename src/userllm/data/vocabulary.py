@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 
 from userllm.data.store import Dataset
 from userllm.errors import UserError
+from userllm.whole_file import write_text
 
 PADDING = 0
 UNKNOWN = 1
@@ -95,9 +95,7 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
         raw = [{"name": f.name, "kind": f.kind, "level": f.level, "values": f.values} for f in self.fields]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps({"fields": raw}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps({"fields": raw}, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:

@@ -10,7 +10,6 @@ experiments that ask for the same settings share the cell.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ import polars as pl
 
 from userllm.errors import UserError
 from userllm.json_file import read_object
+from userllm.whole_file import whole, write_text
 
 FORMAT_VERSION = 1
 _TOLD = ("settings", "config", "metrics")
@@ -102,10 +102,8 @@ class CellStore:
         """Write a cell; its JSON file, which makes it a cell, comes last. Both appear whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{name}.json"
-        partial = file.with_suffix(".partial")
-        shutil.copyfile(per_user, partial)
-        os.replace(partial, file.with_suffix(".parquet"))
+        with whole(file.with_suffix(".parquet")) as partial:
+            shutil.copyfile(per_user, partial)
         told = {"format_version": FORMAT_VERSION} | told
-        partial.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, file)
+        write_text(file, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         return FinishedCell(file, told)

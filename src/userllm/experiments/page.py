@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from userllm.report.figures import data_uri, save_png
 from userllm.report.html import page_template
 from userllm.report.markdown import escape
+from userllm.whole_file import write_text
 
 NOTHING = "–"
 """What a table says where there is no number."""
@@ -95,8 +96,8 @@ def write_page(page: Page, file: Path) -> None:
         for part in section.parts:
             if isinstance(part, Picture):
                 save_png(part.figure, folder / f"{file.stem}-{part.name}.png")
-    file.write_text(page_template("experiments").render(page=page, data_uri=data_uri), encoding="utf-8")
-    file.with_suffix(".md").write_text(as_markdown(page, f"figures/{file.stem}"), encoding="utf-8")
+    write_text(file, page_template("experiments").render(page=page, data_uri=data_uri))
+    write_text(file.with_suffix(".md"), as_markdown(page, f"figures/{file.stem}"))
 
 
 def as_markdown(page: Page, figures: str) -> str:

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -32,6 +33,7 @@ from userllm.experiments.cells import CellStore, FinishedCell
 from userllm.experiments.definition import Experiment, settings_hash
 from userllm.json_file import AGAIN, read_object
 from userllm.report.record import SHOWN_TEXTS
+from userllm.whole_file import write_text
 
 Launch = Callable[[list[str]], int]
 """Runs ``userllm`` with these arguments; returns the exit status."""
@@ -77,10 +79,17 @@ def in_own_process(arguments: list[str], output: Path | None = None) -> int:
     """``userllm ARGUMENTS`` as a process of its own. output: what it says is added to this file; to this process's
     standard streams if None."""
     command = [sys.executable, "-m", "userllm", *arguments]
-    if output is None:
-        return subprocess.run(command, check=False).returncode
-    with output.open("ab") as file:
-        return subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT).returncode
+    with ExitStack() as ends:
+        file = None if output is None else ends.enter_context(output.open("ab"))
+        both = None if output is None else subprocess.STDOUT
+        process = ends.enter_context(subprocess.Popen(command, stdout=file, stderr=both))
+        _running.add(process)
+        ends.callback(_running.discard, process)
+        return process.wait()
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+"""The processes that are at work."""
 
 
 class Runner:
@@ -109,6 +118,22 @@ class Runner:
         self.launch, self.keep, self.say, self.pace, self.jobs = launch, keep, say, pace, jobs
         self._pretrained: set[str] = set()
         self._stopped = threading.Event()
+
+    @contextmanager
+    def ended_by_sigterm(self) -> Iterator[Runner]:
+        """Inside, SIGTERM ends the processes of ``in_own_process``, too, which Ctrl-C reaches by itself."""
+
+        def stop(*_: object) -> None:
+            self._stopped.set()
+            for process in _running.copy():
+                process.terminate()
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def run(
         self,
@@ -278,14 +303,14 @@ class Runner:
     def _userllm(self, command: str, name: str, settings: dict[str, Any]) -> int:
         file = self.work / f"{name}.yaml"
         text = yaml.safe_dump(settings | {"name": name}, sort_keys=False, allow_unicode=True)
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
         launch = self.launch
         if self.jobs > 1:
             launch = partial(in_own_process, output=self._log(name))
         if self._stopped.is_set():
             raise KeyboardInterrupt
         status = launch([command, str(file), "--runs", str(self.runs)])
-        if status in _INTERRUPTED:
+        if status in _INTERRUPTED or (status != 0 and self._stopped.is_set()):
             self._stopped.set()
             raise KeyboardInterrupt
         return status

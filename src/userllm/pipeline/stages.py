@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from userllm.freed_memory import hand_back
 from userllm.json_file import ANEW, read_object
 from userllm.pipeline.machine import peaks_mb
 from userllm.report.current import stage_hash
+from userllm.whole_file import write_text
 
 TOLD_EVERY = 20.0
 """Seconds after which a stage under way writes down what it took so far."""
@@ -157,9 +157,7 @@ def write(file: Path, text: str) -> None:
     if not processes.is_main():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_text(file, text if text.endswith("\n") else text + "\n")
 
 
 def say(text: str) -> None:

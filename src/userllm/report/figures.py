@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from userllm.report.record import Example, RunRecord, Task
 from userllm.report.wording import METRICS, STAGES, SYSTEMS, label
+from userllm.whole_file import whole
 
 COLOURS = {
     "user_llm": "#1f5fa8",
@@ -213,8 +214,8 @@ def data_uri(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a PNG file of 144 dots per inch."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=144)
+    with matplotlib.rc_context(STYLE), whole(path) as partial:
+        figure.savefig(partial, dpi=144, format="png")
 
 
 def caption(name: str) -> str:

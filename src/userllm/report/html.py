@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from userllm.report import figures, markdown, wording
 from userllm.report.current import check_current
 from userllm.report.record import RunRecord, read_run
+from userllm.whole_file import write_text
 
 SHOWN_EVENTS = 10
 """A user's latest events on show; the earlier ones fold away."""
@@ -31,8 +32,8 @@ def write_report(run: Path) -> Path:
     for name, figure in drawn.items():
         figures.save_png(figure, folder / f"{name}.png")
     page = run / "report.html"
-    page.write_text(render(record, drawn), encoding="utf-8")
-    (run / "report.md").write_text(markdown.render(record, list(drawn)), encoding="utf-8")
+    write_text(page, render(record, drawn))
+    write_text(run / "report.md", markdown.render(record, list(drawn)))
     return page
 
 

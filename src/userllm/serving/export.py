@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import polars as pl
 
 from userllm.errors import UserError
 from userllm.serving.store import UserStore
+from userllm.whole_file import whole
 
 USERS = 4096
 """Users held in memory at once."""
@@ -27,20 +26,19 @@ def export_embeddings(store: UserStore, file: Path, every: bool = False) -> int:
     """
     users = sorted(store)
     rows = 0
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch:
+        with (
+            whole(file) as partial,
+            tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as scratch,
+        ):
             for start in range(0, max(1, len(users)), USERS):
                 frame = _frame(store, users[start : start + USERS], every)
                 frame.write_parquet(Path(scratch) / f"{start:012d}.parquet")
                 rows += len(frame)
             pl.scan_parquet(Path(scratch) / "*.parquet").sink_parquet(partial)
-        os.replace(partial, file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return rows
 
 

@@ -11,7 +11,6 @@ Processes may add to one store at the same time as long as no two add the same u
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ from userllm.fusion.attach import UserContext
 from userllm.serving.record import Kept, UserRecord, context_of
 from userllm.serving.user_side import UserSide
 from userllm.tensor_file import save_tensors
+from userllm.whole_file import write_text
 
 if TYPE_CHECKING:
     from userllm.model import UserLLM
@@ -144,9 +144,7 @@ class UserStore:
 
     def write_card(self) -> None:
         """Put ``card`` on the disk."""
-        partial = self.folder / f".card.{secrets.token_hex(4)}.partial"
-        partial.write_text(json.dumps(asdict(self.card), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / "card.json")
+        write_text(self.folder / "card.json", json.dumps(asdict(self.card), indent=1) + "\n")
 
     def _take_in(self, file: Path) -> None:
         block = _Block(file)

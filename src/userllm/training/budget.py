@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from userllm import processes
 from userllm.clock import clock_of
 from userllm.json_file import AGAIN, read_object
+from userllm.whole_file import write_text
 
 MAX_STEPS = 10**9
 """Steps a Trainer is told where time is what ends the training."""
@@ -68,7 +69,7 @@ class Budget(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Write the seconds used into a folder: a checkpoint, or what came before the first one."""
-        (folder / _FILE).write_text(json.dumps({"used": self.used}))
+        write_text(folder / _FILE, json.dumps({"used": self.used}))
 
     def resume(self, folder: Path) -> None:
         """Go on from the seconds in such a folder."""

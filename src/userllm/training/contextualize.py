@@ -39,6 +39,7 @@ from userllm.training.trainer import (
     save_trainable,
     training_arguments,
 )
+from userllm.whole_file import write_text
 
 _TRAINED = "trained.safetensors"
 
@@ -229,7 +230,7 @@ def contextualize(
     }
     if processes.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "training.json").write_text(json.dumps(facts) + "\n")
+        write_text(folder / "training.json", json.dumps(facts) + "\n")
     return history
 
 
