@@ -14,12 +14,22 @@ from userllm.errors import UserError
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write one file, whole or not at all, with the rights of any new file. Raises UserError where there is no room."""
+    """Write one file, whole or not at all, with the rights of any new file. Raises UserError where there is no room.
+
+    Tensors that share memory (tied weights) are written each by itself.
+    """
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()  # of memory
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
     partial = file.with_name(f".{file.name}.partial")
     partial.touch()
     as_usual = partial.stat().st_mode
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        save_file(own, partial, metadata)
     except SafetensorError as error:
         partial.unlink(missing_ok=True)
         raise UserError(

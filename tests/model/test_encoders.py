@@ -85,6 +85,20 @@ def test_a_saved_model_answers_as_it_did(make_user_llm, dataset, encoder, tmp_pa
         assert torch.equal(weight, loaded.encoder.state_dict()[name])
 
 
+def test_an_encoder_with_tied_weights_is_saved(make_user_llm, dataset, tmp_path):
+    def tied():
+        encoder = RatingMoods(16).eval()
+        encoder.size = encoder.mood
+        return encoder
+
+    torch.manual_seed(4)
+    model = make_user_llm(encoder=tied())
+    model.save_pretrained(tmp_path / "model")
+    loaded = UserLLM.from_pretrained(tmp_path / "model", encoder=tied())
+    assert loaded.encoder.size is loaded.encoder.mood
+    torch.testing.assert_close(loaded.encode(dataset.history(7)), model.encode(dataset.history(7)))
+
+
 @pytest.mark.parametrize("strategy", ["enc", "proj"])
 def test_what_learns(make_user_llm, dataset, split, stored, encoder, strategy):
     model = make_user_llm(strategy, encoder=encoder).train()

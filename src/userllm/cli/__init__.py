@@ -26,6 +26,7 @@ from userllm.cli import (
     report,
     run,
     score,
+    serve,
     settings,
 )
 from userllm.errors import UserError
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         recommend,
         score,
         generate,
+        serve,
         grow,
         settings,
     ):

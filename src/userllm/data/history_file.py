@@ -20,9 +20,7 @@ from userllm.events import Event, UserHistory
 def read_history(file: Path | str, fields: Sequence[str] = ("rating",)) -> UserHistory:
     """The history in a JSON file, oldest event first.
 
-    fields: names that an event may have besides ``item`` and ``time``. Where every event has a time (seconds since
-    1970) the events are sorted by it, ties in file order; where none has, the file's order counts (ours). An empty
-    list is a user of whom nothing is known. Raises UserError naming file and event for anything else.
+    fields: see ``parse_history``. Raises UserError naming file and event for anything else.
     """
     file = Path(file)
     if not file.is_file():
@@ -33,13 +31,25 @@ def read_history(file: Path | str, fields: Sequence[str] = ("rating",)) -> UserH
         raise UserError(f"{file} line {error.lineno}: not JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason})") from error
+    except (ValueError, RecursionError) as error:  # digits without end, lists within lists
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    return parse_history(raw, str(file), fields)
+
+
+def parse_history(raw: Any, where: str, fields: Sequence[str] = ("rating",)) -> UserHistory:
+    """The history that a JSON value tells, oldest event first. where: for messages.
+
+    fields: names that an event may have besides ``item`` and ``time``. Where every event has a time (seconds since
+    1970) the events are sorted by it, ties in the order given; where none has, that order counts (ours). An empty list
+    is a user of whom nothing is known. Raises UserError naming the event for anything else.
+    """
     if not isinstance(raw, list):
-        raise UserError(f'{file}: a history is a JSON list of events such as [{{"item": "Heat (1995)"}}]')
-    events = [_event(entry, f"{file} event {number}", fields) for number, entry in enumerate(raw, 1)]
+        raise UserError(f'{where}: a history is a JSON list of events such as [{{"item": "Heat (1995)"}}]')
+    events = [_event(entry, f"{where} event {number}", fields) for number, entry in enumerate(raw, 1)]
     times = [event.time for event in events if event.time is not None]
     if times and len(times) < len(events):
         missing = next(number for number, event in enumerate(events, 1) if event.time is None)
-        raise UserError(f"{file} event {missing}: time is missing; give it for every event or for none")
+        raise UserError(f"{where} event {missing}: time is missing; give it for every event or for none")
     return UserHistory(sorted(events, key=lambda event: event.time or 0) if times else events)
 
 
