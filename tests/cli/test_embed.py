@@ -74,3 +74,23 @@ def test_a_store_that_does_not_fit(userllm, store, finished, tmp_path):
     (store / "card.json").write_text(json.dumps(card))
     said = userllm(*ask, "--user", "6")
     assert "another model computed these users: its fusion has sha256 000000000000" in said.error
+
+
+def test_users_who_left_the_dataset_are_told_of_and_removed(userllm, store, finished, tmp_path):
+    """Somebody asked to be forgotten: the dataset is prepared without them, under the same name."""
+    raw = tmp_path / "raw"
+    shutil.copytree(finished / "raw", raw)
+    lines = (raw / "ratings.dat").read_bytes().splitlines(keepends=True)
+    (raw / "ratings.dat").write_bytes(b"".join(line for line in lines if not line.startswith(b"6::")))
+    data = tmp_path / "data"
+    said = userllm("data", "prepare", "movielens-1m", "--path", raw, "--out", data)
+    assert said.code == 0, said.err
+    again = ["embed", "runs/demo", "--data", data, "--out", store, "--keys-values", "--state"]
+    said = userllm(*again)
+    assert said.code == 0, said.err
+    assert f"in the store but not in {data}: 6; --prune removes them" in said.out
+    said = userllm(*again, "--prune", "--export", tmp_path / "users.parquet")
+    assert said.code == 0, said.err
+    assert ": 6; removed" in said.out and f"{store}: 11 users" in said.out
+    assert "6" not in pl.read_parquet(tmp_path / "users.parquet")["user"].to_list()
+    assert "but not in" not in userllm(*again).out

@@ -113,6 +113,68 @@ def test_the_latest_record_of_a_user_counts_whoever_wrote_it(make_user_llm, data
     assert torch.equal(again.embeddings, newer.embeddings)
 
 
+def test_what_another_process_wrote_stays_the_latest_when_files_are_put_together(
+    make_user_llm, dataset, tmp_path
+):
+    """A store that was opened before another one added to it, and then is put together."""
+    model, folder = make_user_llm(), tmp_path / "store"
+    store, _ = stored(model, dataset, folder, users=["u1", "u2", "u3", "u4"])
+    store.put([store["u3"], store["u4"]])  # so half of the first file is worn
+    first, second = UserStore.read(folder), UserStore.read(folder)
+    newer = replace(second["u1"], embeddings=second["u1"].embeddings + 1)
+    second.put([newer])
+    first.put([first["u2"]])
+    first.compact()
+    for one in (first, UserStore.read(folder)):
+        assert torch.equal(one["u1"].embeddings, newer.embeddings)
+        assert sorted(one) == ["u1", "u2", "u3", "u4"]
+    assert all(file.is_file() for file in first._blocks)
+
+
+def test_large_files_of_few_users_stay_as_they_are(make_user_llm, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_disk, "BLOCK_BYTES", 1)  # a user to a file, each of them full
+    monkeypatch.setattr(on_disk, "FEW_USERS", 4)
+    stored(make_user_llm(), dataset, tmp_path / "store")
+    files = set((tmp_path / "store").glob("*.safetensors"))
+    assert len(files) == 24
+    UserStore.read(tmp_path / "store").compact()
+    assert set((tmp_path / "store").glob("*.safetensors")) == files
+
+
+def test_a_file_that_goes_while_a_store_is_opened_is_no_damage(
+    make_user_llm, dataset, tmp_path, monkeypatch, small_blocks
+):
+    """Another process has put it together with others since the folder was listed."""
+    stored(make_user_llm(), dataset, tmp_path / "store")
+    own, gone = on_disk._Block, []
+
+    def late(file):
+        if not gone:
+            gone.append(file)
+            file.rename(file.with_name(file.name.replace("-", "-z")))
+        return own(file)
+
+    monkeypatch.setattr(on_disk, "_Block", late)
+    assert len(UserStore.read(tmp_path / "store")) == 24
+    assert gone
+
+
+def test_users_can_be_taken_out(make_user_llm, dataset, tmp_path, small_blocks):
+    """Of every file, older records of theirs included; everybody else stays as they are."""
+    model, folder = make_user_llm(), tmp_path / "store"
+    store, _ = stored(model, dataset, folder)
+    before = {user: store[user].embeddings for user in store}
+    store.put([store["u1"], store["u2"]])
+    store.remove(["u1", "u7"])
+    for one in (store, UserStore.read(folder)):
+        assert sorted(one) == sorted(set(before) - {"u1", "u7"})
+        assert all(torch.equal(one[user].embeddings, before[user]) for user in one)
+    named = [user for file in folder.glob("*.safetensors") for user in on_disk._Block(file).users]
+    assert not {"u1", "u7"} & set(named)
+    with pytest.raises(UserError, match="no user 'u7'"):
+        store.remove(["u7"])
+
+
 def test_an_interrupted_command_goes_on(make_user_llm, dataset, tmp_path, small_blocks):
     model = make_user_llm()
 

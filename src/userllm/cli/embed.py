@@ -40,6 +40,11 @@ def add_parser(commands: Any) -> None:
         "--users", type=Path, metavar="FILE", help="only these users: one raw id per line (default: all)"
     )
     parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove users from the store who are not in the dataset (any more)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
@@ -71,6 +76,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """A model and a dataset -> a store."""
     from userllm.data.store import Dataset
+    from userllm.data.titles import listed
 
     if arguments.export is not None and arguments.export.suffix != ".parquet":
         raise UserError(
@@ -103,6 +109,12 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{done:,} of {of:,} users, {rate:,.0f} a second", flush=True)
 
     print(embed(source, store, users, progress))
+    if others := sorted(set(store).difference(dataset.user_ids)):
+        what = "--prune removes them"
+        if arguments.prune:
+            store.remove(others)
+            what = "removed"
+        print(f"in the store but not in {dataset.folder}: {listed(others)}; {what}")
     store.compact()
     print(f"{arguments.out}: {len(store):,} users")
     if arguments.export is not None:

@@ -190,6 +190,8 @@ def embed(
         for written in store.put_all(chain(source.records(whole, store), source.extended(more, store))):
             done += written
             progress(done, len(numbers))
+        if not whole and not more:
+            progress(done, len(numbers))
     if users is None:
         store.card = replace(store.card, fingerprint=dataset.card.fingerprint)
         store.write_card()

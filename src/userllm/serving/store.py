@@ -2,6 +2,7 @@
 
     card.json                       which model and dataset, what is kept, how exactly
     000001-3f2a9c0d.safetensors     the records of some users; of a user who is in several files the last counts
+    000002-z81b22e07.safetensors    the same, put together from files up to that number
 
 A file holds every column of its records one user after the other, and beside a column where each user begins. So
 reading a user reads their rows alone, adding users writes one new file, and whoever is killed loses a block at most.
@@ -13,13 +14,15 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -42,7 +45,9 @@ BLOCK_USERS, BLOCK_BYTES = 1024, 1 << 26
 LEFT_BEHIND = 3600.0
 """Seconds after which nobody is writing a half-written file any more."""
 FEW_USERS = 64
-"""A file with fewer users than this is put together with others, once there are as many such files."""
+"""A file with fewer users than this, and less than half full, is put together with others, once there are as many of
+them."""
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,7 @@ class UserStore:
         self.card = card
         self._blocks: dict[Path, _Block] = {}
         self._place: dict[str, tuple[Path, int]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            self._take_in(file)
+        self.refresh()
 
     @classmethod
     def open(cls, folder: Path | str, card: StoreCard) -> UserStore:
@@ -142,14 +146,24 @@ class UserStore:
                     f"model's {here[:12]}; compute them again into another folder, or load the model that made them"
                 )
 
+    def refresh(self) -> None:
+        """Take in what others have written since, and leave what they have put together or removed."""
+        self._blocks = self._on_disk()
+        self._place = {
+            user: (file, row) for file, block in self._blocks.items() for row, user in enumerate(block.users)
+        }
+
+    def _on_disk(self) -> dict[Path, _Block]:
+        """The store's files, the oldest first."""
+        for _ in range(_ATTEMPTS):
+            files = sorted(self.folder.glob("*.safetensors"))
+            with suppress(FileNotFoundError):  # another process has put one together with others
+                return {file: self._blocks.get(file) or _Block(file) for file in files}
+        raise UserError(f"{self.folder}: its files come and go; try again when others are done with them")
+
     def write_card(self) -> None:
         """Put ``card`` on the disk."""
         write_text(self.folder / "card.json", json.dumps(asdict(self.card), indent=1) + "\n")
-
-    def _take_in(self, file: Path) -> None:
-        block = _Block(file)
-        self._blocks[file] = block
-        self._place |= {user: (file, row) for row, user in enumerate(block.users)}
 
     def __len__(self) -> int:
         return len(self._place)
@@ -182,33 +196,14 @@ class UserStore:
 
     def put(self, records: Sequence[UserRecord]) -> None:
         """Add users, or put newer records of them in the place of older ones, as one file."""
-        if not records:
-            return
         # others may have written since this store was opened, and the latest record of a user is to count
-        latest = max((int(file.name.split("-")[0]) for file in self.folder.glob("*.safetensors")), default=0)
-        file = self.folder / f"{latest + 1:06d}-{secrets.token_hex(4)}.safetensors"
-        tensors = _one_after_the_other([record.columns() for record in records])
-        floats = getattr(torch, self.card.dtype)
-        tensors = {name: t.to(floats) if t.is_floating_point() else t for name, t in tensors.items()}
-        users = [record.user for record in records]
-        if None in users:
-            raise ValueError("a record in a store needs its user's name")
-        save_tensors(tensors, file, {"users": json.dumps(users, ensure_ascii=False)})
-        self._take_in(file)
+        self._write(records, f"{_latest(self.folder.glob('*.safetensors')) + 1:06d}-")
 
     def put_all(self, records: Iterable[UserRecord]) -> Iterator[int]:
         """The same for as many as there are, file by file; yields how many users each file holds, once it is there."""
-        waiting: list[UserRecord] = []
-        size = 0
-        for record in records:
-            waiting.append(record)
-            size += sum(column.nbytes for column in record.columns().values())
-            if len(waiting) == BLOCK_USERS or size >= BLOCK_BYTES:
-                self.put(waiting)
-                yield len(waiting)
-                waiting, size = [], 0
-        self.put(waiting)
-        yield len(waiting)
+        for some in _of_a_file(records):
+            self.put(some)
+            yield len(some)
 
     def compact(self) -> None:
         """Put files together that few users are in, or mostly users of whom there are newer records; remove what an
@@ -218,17 +213,61 @@ class UserStore:
             with suppress(FileNotFoundError):  # another process tidies up, too
                 if time.time() - leftover.stat().st_mtime > LEFT_BEHIND:
                     leftover.unlink()
-        live: dict[Path, list[str]] = {file: [] for file in self._blocks}
+        with self._alone():
+            live = Counter(file for file, _ in self._place.values())
+            worn = [file for file in self._blocks if 2 * live[file] <= len(self._blocks[file].users)]
+            few = [
+                file
+                for file in self._blocks
+                if file not in worn and live[file] < FEW_USERS and file.stat().st_size < BLOCK_BYTES / 2
+            ]
+            self._replace(worn + (few if len(few) >= FEW_USERS else []))
+
+    def remove(self, users: Iterable[str]) -> None:
+        """Take users out, older records of theirs included. Raises UserError for one who is not there."""
+        with self._alone():
+            gone = set(users)
+            for user in gone - self._place.keys():
+                self._columns(user)  # says so
+            for user in gone:
+                del self._place[user]
+            self._replace([file for file, block in self._blocks.items() if gone.intersection(block.users)])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While files are replaced: by one process at a time, and as they are now. Others may go on adding."""
+        with FileLock(self.folder / ".lock"):
+            self.refresh()
+            yield
+
+    def _replace(self, old: Sequence[Path]) -> None:
+        """Write the users who live in these files into others, and remove these."""
+        live: dict[Path, list[str]] = {file: [] for file in old}
         for user, (file, _) in self._place.items():
-            live[file].append(user)
-        worn = [file for file, own in live.items() if 2 * len(own) <= len(self._blocks[file].users)]
-        few = [file for file, own in live.items() if len(own) < FEW_USERS and file not in worn]
-        old = worn + (few if len(few) >= FEW_USERS else [])
-        moved = sum(self.put_all(self[user] for file in old for user in live[file]))
-        assert moved == sum(len(live[file]) for file in old)
+            if file in live:
+                live[file].append(user)
+        # behind every file looked at, but before what others have added since: theirs is newer
+        name = f"{_latest(self._blocks):06d}-z"
+        for some in _of_a_file(self[user] for file in old for user in live[file]):
+            self._write(some, name)
         for file in old:
             del self._blocks[file]
             file.unlink(missing_ok=True)
+
+    def _write(self, records: Sequence[UserRecord], name: str) -> None:
+        """Records as one file, whose name begins so."""
+        if not records:
+            return
+        users = [record.user for record in records]
+        if None in users:
+            raise ValueError("a record in a store needs its user's name")
+        tensors = _one_after_the_other([record.columns() for record in records])
+        floats = getattr(torch, self.card.dtype)
+        tensors = {name: t.to(floats) if t.is_floating_point() else t for name, t in tensors.items()}
+        file = self.folder / f"{name}{secrets.token_hex(4)}.safetensors"
+        save_tensors(tensors, file, {"users": json.dumps(users, ensure_ascii=False)})
+        block = self._blocks[file] = _Block(file)
+        self._place |= {user: (file, row) for row, user in enumerate(block.users)}
 
 
 class _Block:
@@ -238,6 +277,8 @@ class _Block:
         try:
             self._open: Any = safe_open(file, framework="pt")
             self.users: list[str] = json.loads(self._open.metadata()["users"])
+        except FileNotFoundError:
+            raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: cannot be read ({error}); remove it, and {AGAIN}") from error
         self._names = [name for name in self._open.keys() if not name.endswith(".at")]  # noqa: SIM118
@@ -252,6 +293,25 @@ class _Block:
             at = self._at[name]
             found[name] = self._open.get_slice(name)[at[row] : at[row + 1]]
         return found
+
+
+def _latest(files: Iterable[Path]) -> int:
+    """The highest number among the files' names; 0 of none."""
+    return max((int(file.name.split("-")[0]) for file in files), default=0)
+
+
+def _of_a_file(records: Iterable[UserRecord]) -> Iterator[list[UserRecord]]:
+    """As many as go into one file, again and again."""
+    waiting: list[UserRecord] = []
+    size = 0
+    for record in records:
+        waiting.append(record)
+        size += sum(column.nbytes for column in record.columns().values())
+        if len(waiting) == BLOCK_USERS or size >= BLOCK_BYTES:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
 
 
 def _one_after_the_other(records: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
