@@ -83,7 +83,7 @@ def test_users_who_left_the_dataset_are_told_of_and_removed(userllm, store, fini
     lines = (raw / "ratings.dat").read_bytes().splitlines(keepends=True)
     (raw / "ratings.dat").write_bytes(b"".join(line for line in lines if not line.startswith(b"6::")))
     data = tmp_path / "data"
-    said = userllm("data", "prepare", "movielens-1m", "--path", raw, "--out", data)
+    said = userllm("data", "prepare", "movielens", "--path", raw, "--out", data)
     assert said.code == 0, said.err
     again = ["embed", "runs/demo", "--data", data, "--out", store, "--keys-values", "--state"]
     said = userllm(*again)
