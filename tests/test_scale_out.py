@@ -15,6 +15,8 @@ import torch
 
 from userllm import scale_out
 from userllm.cli.configuration import load_config
+from userllm.data.sources.movielens import FIELDS
+from userllm.data.store import Source, write_dataset
 from userllm.errors import UserError
 from userllm.pipeline import Run
 from userllm.scale_out import Embedder, embed_users, last_embeddings
@@ -45,6 +47,33 @@ def saved(make_user_llm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embeddings_of(embedder: Embedder) -> pl.DataFrame:
     return pl.concat([embedder.of_shard(number) for number in range(embedder.shards)])
+
+
+def test_a_dataset_of_another_catalogue_is_refused(saved, dataset, catalogue, tmp_path):
+    """As `userllm embed` refuses it; and what an item is like is said by the model's catalogue."""
+
+    def written(name, items, fields=FIELDS):
+        events = pl.DataFrame(
+            {"user": [0, 0, 1], "item": [3, 7, 3], "time": [1, 2, 3], "rating": [4.0, 5.0, 3.0]}
+        )
+        if "rating" not in [field.name for field in fields]:
+            events = events.drop("rating")
+        users, source = pl.DataFrame({"id": ["a", "b"]}), Source("made", "a test", "none", "0" * 64, "path")
+        return write_dataset(tmp_path / name, events, items, users, name=name, source=source, fields=fields)
+
+    foreign = catalogue.with_columns(pl.concat_str(pl.lit("x"), "id").alias("id"))
+    with pytest.raises(UserError, match="the model knows none of its items"):
+        Embedder(saved, written("foreign", foreign).folder)
+    unrated = [field for field in FIELDS if field.name != "rating"]
+    with pytest.raises(UserError, match="events have no field 'rating'"):
+        Embedder(saved, written("unrated", catalogue, unrated).folder)
+    plain = embeddings_of(Embedder(saved, written("plain", catalogue).folder))
+    assert plain["user"].to_list() == ["a", "b"]
+    bare = catalogue.with_columns(
+        pl.col("genres").list.head(0)
+    )  # the model's own catalogue says what they are
+    other = embeddings_of(Embedder(saved, written("bare", bare).folder))
+    assert other["embedding"].to_list() == plain["embedding"].to_list()
 
 
 @pytest.mark.parametrize("shard", [5, 24, 100])

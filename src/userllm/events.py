@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from userllm.errors import UserError
@@ -34,8 +34,9 @@ TextOf = Callable[[str, int], str]
 class Event:
     """One interaction of a user with an item.
 
-    ``item`` is the catalogue's raw id. ``fields`` holds further event-level values by field name (``{"rating": 4.0}``).
-    ``time`` is in seconds since 1970, or None where it is not known; so is a field whose value is None.
+    ``item`` is the catalogue's raw id, or a title that only one item has. ``fields`` holds further event-level values
+    by field name (``{"rating": 4.0}``). ``time`` is in seconds since 1970, or None where it is not known; so is a field
+    whose value is None.
     """
 
     item: str
@@ -43,12 +44,21 @@ class Event:
     fields: Mapping[str, float | str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raise UserError for an item that is no text, and for a time that is no number of seconds."""
+        """Raise UserError for an item that is no text, a time that is no number of seconds, and a field's value that is
+        neither number nor text."""
         if not isinstance(self.item, str):
             raise UserError(
                 f"Event({self.item!r}): an item is its raw id or its title, a text; give {str(self.item)!r}"
             )
-        if self.time is not None and not (isinstance(self.time, Integral) and abs(self.time) < 2**62):
+        if not isinstance(self.fields, Mapping):
+            raise UserError(f"Event({self.item!r}): fields is {repr(self.fields)[:60]}; give values by name")
+        for name, value in self.fields.items():
+            if not isinstance(value, str | Real | None):
+                raise UserError(
+                    f"Event({self.item!r}): {name} is {repr(value)[:60]}; give a number, a text or None"
+                )
+        whole = isinstance(self.time, Integral) and not isinstance(self.time, bool)
+        if self.time is not None and not (whole and abs(self.time) < 2**62):
             raise UserError(f"Event({self.item!r}): time is {self.time!r}; give whole seconds since 1970")
 
 

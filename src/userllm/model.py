@@ -33,6 +33,8 @@ from userllm.language_models.summaries import Summarizer
 from userllm.model_card import write_description
 from userllm.saved_model import (
     FORMAT_VERSION,
+    TEXT_START,
+    check_replaceable,
     described_encoder,
     field_shapes,
     file_sha256,
@@ -49,7 +51,6 @@ from userllm.tasks import ClosedTask, Task, TaskConfig, build_task
 from userllm.tensor_file import give_usual_rights, save_tensors
 from userllm.text_in_lm import TextInLM
 
-TEXT_START = "text_start.safetensors"
 Strategy = Literal["full", "lora", "enc", "proj"]
 
 __all__ = ["Attended", "FusionConfig", "Recommendation", "UserLLM", "encoder_for"]
@@ -132,6 +133,7 @@ class UserLLM(ContextualLM):
         Only the new events are encoded. Raises UserError where that cannot be exact, with the reason, and where the
         record was made without ``state=True``.
         """
+        added = UserHistory(events)  # says what is no event
         self.eval()
         side, keep = UserSide.of(self), Kept(record.keys_values is not None, True)
         if (reason := why_not_extended(side, record, len(events))) is not None:
@@ -146,7 +148,7 @@ class UserLLM(ContextualLM):
         before = [Event("", latest)] if record.events else []  # a time gap is from here on
         new = UserHistory([*before, *events])
         batch = self._batch([new], len(events)) if events else self._batch([UserHistory([])])
-        extended, *_ = extend(side, [record], batch, [self._seen(UserHistory(events))], keep)
+        extended, *_ = extend(side, [record], batch, [self._seen(added)], keep)
         return extended
 
     @overload
@@ -175,10 +177,9 @@ class UserLLM(ContextualLM):
         """
         histories = _users(history)
         asked = self._task(task)
-        if k < 1:
-            raise UserError(f"k is {k}; ask for at least one answer")
-        if beams is not None and beams < 1:
-            raise UserError(f"beams is {beams}; the search needs at least one")
+        _whole_number(k, "k", "ask for at least one answer")
+        if beams is not None:
+            _whole_number(beams, "beams", "the search needs at least one")
         if not histories:
             return []
         users = self.users(histories)
@@ -201,8 +202,7 @@ class UserLLM(ContextualLM):
         """What the LM, knowing nobody, finds most likely among the same answers: the base LM, if its own weights were
         not trained. Raises UserError as ``recommend``."""
         asked = self._task(task)
-        if k < 1:
-            raise UserError(f"k is {k}; ask for at least one answer")
+        _whole_number(k, "k", "ask for at least one answer")
         scores, best = self.eval().all_log_likelihoods(task, None).topk(min(k, len(asked.answers)))
         return [
             self._recommendation(asked, a, s) for a, s in zip(best.tolist(), scores.tolist(), strict=True)
@@ -224,8 +224,7 @@ class UserLLM(ContextualLM):
         texts advanced at once, which bounds the memory. Raises UserError naming the items that are unknown.
         """
         asked = self._answers_of(self._task(task), items)
-        if block < 1:
-            raise UserError(f"block is {block}; at least one text is advanced at once")
+        _whole_number(block, "block", "at least one text is advanced at once")
         alone, histories = isinstance(history, UserHistory | UserRecord), _users(history)
         scores = torch.empty(0, len(asked))
         if histories:
@@ -251,9 +250,12 @@ class UserLLM(ContextualLM):
         """
         if not isinstance(prompt, str):
             raise UserError(f"the prompt is {repr(prompt)[:60]}; give one text")
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise UserError(
+                f"the prompt {repr(prompt)[:60]} holds half a character; give text that UTF-8 can hold"
+            )
         TextDecoding(max_new_tokens, sample=do_sample, temperature=temperature).check()
-        if num_beams < 1:
-            raise UserError(f"num_beams is {num_beams}; it must be at least 1")
+        _whole_number(num_beams, "num_beams", "it must be at least 1")
         self.eval()
         text = prompt
         if chat:
@@ -418,11 +420,11 @@ class UserLLM(ContextualLM):
 
         A frozen LM is stored as a reference with its hash, a LoRA adapter as a plain peft folder, a fully trained LM
         as a Hugging Face folder. A README.md says what it is, under ``name`` (by default the folder's). The folder
-        appears whole or not at all; an earlier model in it is replaced.
+        appears whole or not at all; an earlier model in it is replaced. Raises UserError where something else is there,
+        or beside the earlier model.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "fusion.safetensors").is_file():
-            raise UserError(f"{folder}: exists and holds no model; choose another folder or remove it")
+        folder = Path(folder).resolve()  # what a link leads to is replaced, and not the link
+        check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             partial = Path(scratch) / "model"
@@ -593,6 +595,12 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
     titles = dict(zip(collator.items["id"].to_list(), collator.items["title"].to_list(), strict=True))
     items = collator.vocabulary["item"].values
     return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
+
+
+def _whole_number(value: int, what: str, why: str) -> None:
+    """Raise UserError for what is no whole number from 1 on."""
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{what} is {value!r}; {why}")
 
 
 def _users(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from userllm.data.collation import HistoryCollator
 from userllm.data.text_store import TextStore
+from userllm.data.titles import listed
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import (
     AutoregressiveConfig,
@@ -37,6 +38,35 @@ from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.language_models.pretrained import ResolvedLM
 
 FORMAT_VERSION = 1
+TEXT_START = "text_start.safetensors"
+_FILES = {
+    "README.md",
+    "adapter",
+    "config.json",
+    "encoder.safetensors",
+    "fusion.safetensors",
+    "items.parquet",
+    "lm",
+    "sentences",
+    "vocabulary.json",
+    TEXT_START,
+}
+"""What a saved model may consist of."""
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError where a model that is saved here would take the place of something else than another one."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; a model is a folder: choose another place")
+    there = {one.name for one in folder.iterdir()}
+    if there and "fusion.safetensors" not in there:
+        raise UserError(f"{folder}: exists and holds no model; choose another folder or remove it")
+    if others := sorted(there - _FILES):
+        raise UserError(
+            f"{folder}: holds {listed(others)} beside a model, which would be gone; choose another folder, or move them"
+        )
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from userllm.errors import UserError
 from userllm.evaluation.questions import Answers, Ask, Question
 from userllm.pipeline import Run
 from userllm.saved_model import read_description, saved_reader
+from userllm.serving.embed import rows_of_items
 
 SHARD = 1024
 """Users that a worker embeds at once."""
@@ -65,7 +66,8 @@ def last_embeddings(encoder: UserEncoder, stored: StoredHistories, rows: np.ndar
 class Embedder:
     """The user embeddings of a dataset by a saved model, a shard of users at a time. The language model is not loaded.
 
-    folder: a saved model. data: a prepared dataset. threads: CPU threads; torch's choice by None.
+    folder: a saved model. data: a prepared dataset. threads: CPU threads; torch's choice by None. Raises UserError
+    where the dataset lacks a field of events that the model reads, or the model knows none of its items.
     """
 
     def __init__(self, folder: Path, data: Path, shard: int = SHARD, threads: int | None = None):
@@ -74,7 +76,9 @@ class Embedder:
         encoder, collator = saved_reader(folder, read_description(folder), None)
         self.encoder = encoder.requires_grad_(False).eval().to(processes.device())
         self.dataset = Dataset.open(data)
-        self.stored = StoredHistories(self.dataset, collator.vocabulary)
+        fields = [field.name for field in collator.event_fields]
+        rows = rows_of_items(collator, self.dataset, fields)
+        self.stored = StoredHistories(self.dataset, collator.vocabulary, collator, rows)
         self.shard = shard
 
     @property

@@ -131,7 +131,23 @@ def test_a_value_of_none_is_one_that_is_not_known(dataset):
     assert not unread
 
 
-@pytest.mark.parametrize("time", [2**70, 1.5, "1999"])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [(None, "fields is None"), ({"rating": [1]}, r"rating is \[1\]; give a number, a text or None")],
+)
+def test_fields_that_are_none(fields, said):
+    with pytest.raises(UserError, match=said):
+        Event("i5", fields=fields)
+
+
+def test_a_number_beyond_floats_is_unknown(dataset):
+    vocabulary = Vocabulary.from_dataset(dataset, FIELDS)
+    events = [Event("i5", fields={"rating": 10**400})]
+    batch, unread = encode_user_history([UserHistory(events)], vocabulary, dataset.items)
+    assert batch.fields["rating"].tolist() == [[1]] and unread.values == ["rating inf"]
+
+
+@pytest.mark.parametrize("time", [2**70, 1.5, "1999", True])
 def test_a_time_that_is_none(time):
     with pytest.raises(UserError, match="give whole seconds since 1970"):
         Event("i5", time)

@@ -58,3 +58,10 @@ def test_bad_files(content, expected, tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="no such history file"):
         read_history(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"item": "a", "rating": 1' + "0" * 5000 + "}]"])
+def test_json_that_python_gives_up_on(text, tmp_path):
+    (tmp_path / "history.json").write_text(text)
+    with pytest.raises(UserError, match=r"history\.json: cannot be read"):
+        read_history(tmp_path / "history.json")

@@ -103,12 +103,24 @@ def test_who_is_no_user(model, who):
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         ({"num_beams": 0}, "num_beams is 0; it must be at least 1"),
+        ({"num_beams": 1.5}, r"num_beams is 1\.5; it must be at least 1"),
         ({"do_sample": True, "temperature": 0.0}, r"temperature is 0\.0; it must be above 0"),
     ],
 )
 def test_a_text_that_cannot_be_written(model, settings, message):
     with pytest.raises(UserError, match=message):
         model.generate("Hello", None, **settings)
+
+
+def test_half_a_character_cannot_be_asked(model):
+    with pytest.raises(UserError, match="half a character"):
+        model.generate("Hello \ud800", None)
+
+
+@pytest.mark.parametrize("settings", [{"k": 2.5}, {"k": "5"}, {"beams": 2.5}])
+def test_how_many_answers_is_a_whole_number(model, dataset, settings):
+    with pytest.raises(UserError, match=r"(k|beams) is .*at least one"):
+        model.recommend(dataset.history(7), **settings)
 
 
 def test_nothing_is_left_for_who_has_seen_everything(model, dataset):

@@ -228,3 +228,26 @@ def test_parts_of_two_models_are_refused_with_the_reason(saved, make_user_llm, m
     save_file(wide.state_dict(), saved / "encoder.safetensors")
     with pytest.raises(UserError, match=r"encoder\.safetensors: .* is \(.*\), .* need \(.*\)"):
         UserLLM.from_pretrained(saved)
+
+
+def test_what_lies_beside_a_model_is_not_swept_away(make_user_llm, tmp_path):
+    model, folder = make_user_llm(), tmp_path / "model"
+    model.save_pretrained(folder)
+    model.save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt beside a model"):
+        model.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+
+
+def test_a_link_to_a_model_stays_one(make_user_llm, tmp_path):
+    model = make_user_llm()
+    model.save_pretrained(tmp_path / "first")
+    (tmp_path / "current").symlink_to("first")
+    before = (tmp_path / "first" / "config.json").stat().st_ino
+    model.save_pretrained(tmp_path / "current")
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "first" / "config.json").stat().st_ino != before

@@ -420,8 +420,8 @@ def test_the_model_folder_alone_reads_users(make_user_llm, make_encoder, dataset
 def test_exported_embeddings(make_user_llm, dataset, tmp_path):
     model = make_user_llm()
     store, _ = stored(model, dataset, tmp_path / "store", dtype="float16")
-    assert export_embeddings(store, tmp_path / "out" / "users.parquet") == 24
-    table = pl.read_parquet(tmp_path / "out" / "users.parquet")
+    assert export_embeddings(store, tmp_path / "out [1]" / "users.parquet") == 24
+    table = pl.read_parquet(tmp_path / "out [1]" / "users.parquet", glob=False)
     assert table.columns == ["user", "events", "embedding"]
     assert table["user"].to_list() == sorted(dataset.user_ids)
     assert table["embedding"].dtype == pl.Array(pl.Float32, 16)

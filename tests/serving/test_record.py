@@ -1,5 +1,9 @@
 """A user who is remembered gets the answers of their history, and goes on as if it had been read whole."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +193,35 @@ def test_another_models_record_is_refused(make_user_llm, make_encoder, dataset):
         picky.score(record)
     with pytest.raises(UserError, match="holds no user tokens"):
         make_user_llm(perceiver=PERCEIVER).score(make_user_llm().remember(dataset.history(7)))
+
+
+def test_threads_that_extend_one_record_get_their_own(make_user_llm, make_encoder, dataset):
+    model = make_user_llm(encoder=make_encoder("autoregressive", max_length=16))
+    history, items = dataset.history(5, 0, 4), dataset.items["id"].to_list()[:6]
+    late = max(event.time for event in history.events if event.time is not None) + 1
+    expected = {
+        item: model.extend(model.remember(history, state=True), [Event(item, late)]) for item in items
+    }
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(15):
+            record, barrier = model.remember(history, state=True), threading.Barrier(len(items))
+
+            def go(item, record=record, barrier=barrier):
+                barrier.wait()
+                return model.extend(record, [Event(item, late)])
+
+            with ThreadPoolExecutor(len(items)) as pool:
+                found = dict(zip(items, pool.map(go, items), strict=True))
+            for item in items:
+                ours, theirs = found[item].columns()["state"], expected[item].columns()["state"]
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_an_event_is_given_to_extend(make_user_llm, dataset):
+    model = make_user_llm()
+    with pytest.raises(UserError, match=r"events\[0\] is 'i3'; give Event"):
+        model.extend(model.remember(dataset.history(5, 0, 4), state=True), ["i3"])

@@ -26,7 +26,12 @@ TIME_GAP = "time_gap"
 def value_text(value: float | str | int) -> str:
     """How a value is spelt in a vocabulary: a number by the fewest digits that tell it from every other float32, which
     is what datasets hold, and without a trailing ".0" ("0.5", "4", "1234567"); text as it is."""
-    return value if isinstance(value, str) else np.format_float_positional(np.float32(value), trim="-")
+    if isinstance(value, str):
+        return value
+    try:
+        return np.format_float_positional(np.float32(value), trim="-")
+    except OverflowError:  # a whole number of hundreds of digits
+        return str(float("inf") if value > 0 else -float("inf"))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ history, up to the order in which floats are added.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from userllm.events import UNKNOWN_TIME
 
+_TAKING = threading.Lock()
+"""While a history takes places in memory that others may go on from, too."""
 ROOM = 64
 """Events that a state has room for when it is made or has become full: it is copied once in so many events."""
 
@@ -109,9 +112,12 @@ class Reading:
             raise ValueError(f"{whole} events in all, the encoder sees {most} at most")
         if state is None:
             return
-        if whole > state.times.shape[1] or bool((state.written != state.lengths).any()):
-            state = state.with_room(whole)  # no room, or another history went on from here in the same memory
-        state.written += lengths
+        with _TAKING:
+            if whole > state.times.shape[1] or bool((state.written != state.lengths).any()):
+                state = state.with_room(
+                    whole
+                )  # no room, or another history went on from here in the same memory
+            state.written += lengths
         self._after = EncoderState(state.kept, state.times, self.lengths, state.written)
         self.places = (state.lengths[:, None] + steps).clamp_max(whole - 1)  # the last only at padding
         self._real, self._whole = mask, whole

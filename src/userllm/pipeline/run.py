@@ -47,12 +47,13 @@ from userllm.language_models.adapter import Adapter
 from userllm.language_models.pretrained import load, resolve
 from userllm.language_models.sentences import find_sentence_encoder
 from userllm.language_models.text_embeddings import text_embeddings
-from userllm.model import TEXT_START, UserLLM, encoder_for
+from userllm.model import UserLLM, encoder_for
 from userllm.pipeline.evaluate import Evaluation
 from userllm.pipeline.facts import data_facts
 from userllm.pipeline.stages import Stages, say, write
 from userllm.report import write_report
 from userllm.report.current import MEASURED_BY
+from userllm.saved_model import TEXT_START
 from userllm.tasks import OpenTask, build_task
 from userllm.tensor_file import save_tensors
 from userllm.training.contextualize import contextualize, load_trained

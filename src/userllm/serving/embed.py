@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from userllm.data.batches import alike_in_length
-from userllm.data.collation import StoredHistories
+from userllm.data.collation import HistoryCollator, StoredHistories
 from userllm.data.store import Dataset
 from userllm.errors import UserError
 from userllm.serving.record import Kept, UserRecord, extend, named, remember, why_not_extended
@@ -101,22 +101,30 @@ def store_card(
     return StoreCard(side.version(), dtype, keys_values, state, name)
 
 
+def rows_of_items(collator: HistoryCollator, dataset: Dataset, fields: Sequence[str]) -> np.ndarray:
+    """Of each of a dataset's items the row in a model's catalogue, [items]. fields: of events, which the model reads.
+
+    Raises UserError where the dataset lacks such a field, or the model knows none of its items.
+    """
+    known = {"item", *(f.name for f in dataset.card.fields if f.level == "event")}
+    if lacking := [name for name in fields if name not in known]:
+        raise UserError(
+            f"{dataset.folder}: events have no field {lacking[0]!r}, which this model was trained with"
+        )
+    rows = np.array([collator.row_of(item) for item in dataset.item_ids], dtype=np.int64)
+    if (rows == collator.num_items).all():
+        raise UserError(f"{dataset.folder}: the model knows none of its items; it is another catalogue")
+    return rows
+
+
 class DatasetUsers:
     """A dataset's users as a model sees them. Raises UserError where the dataset lacks a field the model reads, or
     knows none of its items."""
 
     def __init__(self, side: UserSide, dataset: Dataset):
         self.side, self.dataset = side, dataset
-        known = {"item", *(f.name for f in dataset.card.fields if f.level == "event")}
-        if lacking := [name for name in event_fields(side) if name not in known]:
-            raise UserError(
-                f"{dataset.folder}: events have no field {lacking[0]!r}, which this model was trained with"
-            )
-        rows = [side.collator.row_of(item) for item in dataset.item_ids]
-        self.rows = np.array(rows, dtype=np.int64)
+        self.rows = rows_of_items(side.collator, dataset, event_fields(side))
         self.unknown_items = int((self.rows == side.collator.num_items).sum())
-        if self.unknown_items == len(self.rows):
-            raise UserError(f"{dataset.folder}: the model knows none of its items; it is another catalogue")
         self.stored = StoredHistories(dataset, side.collator.vocabulary, side.collator, self.rows)
         self.digests = EventDigests(dataset, event_fields(side))
 

@@ -36,8 +36,8 @@ def export_embeddings(store: UserStore, file: Path, every: bool = False) -> int:
                 frame = _frame(store, users[start : start + USERS], every)
                 frame.write_parquet(Path(scratch) / f"{start:012d}.parquet")
                 rows += len(frame)
-            pl.scan_parquet(Path(scratch) / "*.parquet").sink_parquet(partial)
-    except OSError as error:
+            pl.scan_parquet(sorted(Path(scratch).iterdir()), glob=False).sink_parquet(partial)
+    except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"{file}: cannot be written ({error})") from error
     return rows
 

@@ -95,7 +95,7 @@ class UserStore:
         """
         folder = Path(folder)
         if not (folder / "card.json").is_file():
-            if folder.exists() and any(folder.iterdir()):
+            if folder.exists() and any(one.name[0] != "." for one in folder.iterdir()):
                 raise UserError(
                     f"{folder}: exists and is no store of users; choose another folder or remove it"
                 )
