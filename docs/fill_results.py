@@ -101,7 +101,7 @@ def run_block(name: str, command: str) -> str | None:
         f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, "
         f"{metrics['hardware']}; "
         f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:.0f} MiB. {metrics['dataset']['name']} fingerprint "
-        f"{metrics['dataset']['fingerprint'][:12]}, {split_facts(metrics)} LM: {metrics['lm']['source']}.",
+        f"{metrics['dataset']['fingerprint'][:12]}, {split_facts(metrics)} LM: {metrics['lm']['name']}, {metrics['lm']['source']}.",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -180,7 +180,7 @@ def genres_block(task: str = "genre_preference") -> str | None:
         "",
         f"95 % intervals, users resampled. Commits {uem['commit'][:12]} and {text['commit'][:12]}, {uem['date']}, "
         f"{uem['hardware']}. {uem['dataset']['name']} fingerprint {uem['dataset']['fingerprint'][:12]}, "
-        f"{split_facts(uem)} LM: {uem['lm']['source']}.",
+        f"{split_facts(uem)} LM: {uem['lm']['name']}, {uem['lm']['source']}.",
     ]
     return "\n".join(lines)
 

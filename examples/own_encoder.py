@@ -1,6 +1,6 @@
 """An encoder of your own inside User-LLM: a SASRec that RecTools trained, and a tiny language model that listens to it.
 
-    pip install "userllm[bench]"
+    pip install -e '.[bench]'   (in the clone)
     python examples/own_encoder.py
 
 A minute on one core, without any download: the catalogue and its users are made up, and the language model has random

@@ -1,6 +1,6 @@
 """Many users on a Ray cluster, by Ray Data: their embeddings, and the answers an evaluation asks for.
 
-Needs ``pip install 'userllm[ray]'``. Workers load the model themselves and read the dataset's memory-mapped columns, so
+Needs the extra ``ray``. Workers load the model themselves and read the dataset's memory-mapped columns, so
 run folder, dataset and cache have to be where every machine sees them. Work is cut into the same batches however many
 workers there are, and each batch is computed by one of them: the numbers are those of one process, bit for bit, where
 the processors are of one kind and ``threads`` is the same.
@@ -216,7 +216,7 @@ def _ray_data() -> Any:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError("Ray is not installed: pip install 'userllm[ray]'") from error
+        raise UserError("Ray is not installed; in the clone: pip install -e '.[ray]'") from error
     if not ray.is_initialized():
         ray.init()
     return ray.data

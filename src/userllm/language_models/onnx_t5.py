@@ -49,7 +49,7 @@ def _weights(file: Path, part: str) -> dict[str, torch.Tensor]:
         from onnx.numpy_helper import to_array  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
-            f"{file.name}: reading it takes the package onnx; pip install 'userllm[text]'"
+            f"{file.name}: reading it takes the package onnx; in the clone: pip install -e '.[text]'"
         ) from error
     graph: GraphProto = onnx.load(str(file)).graph
     raw = {tensor.name: to_array(tensor) for tensor in graph.initializer}
