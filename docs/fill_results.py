@@ -101,7 +101,8 @@ def run_block(name: str, command: str) -> str | None:
         f"95 % bootstrap intervals. `{command}`, commit {metrics['commit'][:12]}, {file_date(name)}, "
         f"{metrics['hardware']}; "
         f"{seconds:.0f} s, peak memory {metrics['peak_rss_mb']:.0f} MiB. {metrics['dataset']['name']} fingerprint "
-        f"{metrics['dataset']['fingerprint'][:12]}, {split_facts(metrics)} LM: {metrics['lm']['name']}, {metrics['lm']['source']}.",
+        f"{metrics['dataset']['fingerprint'][:12]}, {split_facts(metrics)} "
+        f"LM: {metrics['lm']['name']}, {metrics['lm']['source']}.",
     ]  # fmt: skip
     return "\n".join(lines)
 
