@@ -108,7 +108,8 @@ class UserLLM(ContextualLM):
 
     @torch.no_grad()
     def encode(self, history: UserHistory) -> Tensor:
-        """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen."""
+        """User embeddings [M, U] of one history, the latest last; of most encoders one per event seen (v1 section 3.1).
+        Raises UserError for what is no history."""
         embeddings, mask = self.encoder.eval()(self._batch([history]))
         return embeddings[0][mask[0]]
 
@@ -116,7 +117,8 @@ class UserLLM(ContextualLM):
     def remember(self, history: UserHistory, *, keys_values: bool = False, state: bool = False) -> UserRecord:
         """What answers need of a user, computed once; ``recommend``, ``score`` and ``generate`` take it for a history.
 
-        keys_values, state: see ``serving.record.Kept``; with a state ``extend`` can go on from it.
+        keys_values, state: see ``serving.record.Kept``; with a state ``extend`` can go on from it. Raises UserError for
+        what is no history.
         """
         self.eval()
         record, *_ = remember(
@@ -246,7 +248,8 @@ class UserLLM(ContextualLM):
         """Free text for a user (None: the base LM). Greedy unless told otherwise.
 
         chat: put the prompt into the LM's chat template. The decoding settings are these and no others: the LM's own
-        generation_config is not consulted.
+        generation_config is not consulted. Raises UserError for an empty prompt, settings out of range, several users,
+        and ``chat`` without a template.
         """
         if not isinstance(prompt, str):
             raise UserError(f"the prompt is {repr(prompt)[:60]}; give one text")

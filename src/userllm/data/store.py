@@ -95,14 +95,17 @@ class Dataset:
 
     @property
     def num_users(self) -> int:
+        """Users; each has an event."""
         return len(self.user_ids)
 
     @property
     def num_items(self) -> int:
+        """Items of the catalogue, with or without events."""
         return len(self.items)
 
     @property
     def num_events(self) -> int:
+        """Events of all users."""
         return int(self.offsets[-1])
 
     @property

@@ -344,6 +344,8 @@ class Run:
             start.save(file)
 
     def build_model(self) -> UserLLM:
+        """The model that stage 2 begins with: the encoder as stage 1 left it, everything else of the fusion untrained.
+        Raises UserError as loading the language model does."""
         config, items = self.config, self.dataset.items
         lm, tokenizer, reference = load(config.lm)
         strategy = config.contextualize.strategy
