@@ -118,10 +118,12 @@ class ContextualLM(nn.Module):
         self.lm_is_frozen = False
 
     def train(self, mode: bool = True) -> ContextualLM:
-        """Training mode, except that a frozen LM stays as it answers (no dropout)."""
+        """Training mode, except that a frozen LM and a frozen encoder stay as they answer (no dropout)."""
         super().train(mode)
         if self.lm_is_frozen:
             self.lm.eval()
+        if not any(weight.requires_grad for weight in self.encoder.parameters()):
+            self.encoder.eval()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ContextualLM:

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from userllm.baselines.popularity import answer_counts, item_counts
+from userllm.baselines.popularity import answer_counts, item_counts, written_targets
 from userllm.data.splits import SplitConfig
 from userllm.tasks import TaskConfig, build_task
 
@@ -48,3 +48,19 @@ def test_answers_are_counted_within_training_events(dataset, monkeypatch, config
     assert counts.sum() > 0
     shuffled_tails(dataset, split, monkeypatch)
     assert answer_counts(task, dataset, split, window=5).tolist() == counts.tolist()
+
+
+@every_split
+def test_written_targets_are_of_training_events_only(dataset, monkeypatch, config):
+    """A target is of the events before a moment: the last that training asks about, not the first that is tested."""
+    split = config.build(dataset)
+    task = build_task("genres", TaskConfig(kind="genre_preference", field="genres", liked=1), dataset.items)
+    counted = written_targets(task, dataset, split)
+    kept = split.train_end > split.first_target
+    ends = split.train_end[kept] - 1
+    expected = task.examples(dataset, split.users[kept], ends, 0)
+    assert counted == [one.target for one in expected if one is not None] and counted
+    asked = {(int(user), int(end)) for user, end in zip(split.users, split.test, strict=True)}
+    assert not asked & {(int(user), int(end)) for user, end in zip(split.users[kept], ends, strict=True)}
+    shuffled_tails(dataset, split, monkeypatch)
+    assert written_targets(task, dataset, split) == counted

@@ -96,3 +96,11 @@ def test_settings_that_cannot_be_are_named(dataset):
     for teacher in (-0.1, 1.1):
         with pytest.raises(UserError, match="task t: teacher"):
             build_task("t", TaskConfig(teacher=teacher), dataset.items)
+
+
+@pytest.mark.parametrize("value", ["Books, Comics", "Acme Inc.", "a;b", " wide"])
+def test_a_label_that_no_text_could_name_is_refused(dataset, value):
+    """Labels are written with commas between them, and read back without a full stop."""
+    items = dataset.items.with_columns(pl.Series("genres", [[value]] * len(dataset.items)))
+    with pytest.raises(UserError, match="give this one another name"):
+        build_task("genres", TaskConfig(kind="genre_preference", field="genres"), items)

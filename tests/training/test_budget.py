@@ -22,11 +22,29 @@ def clock(monkeypatch):
 
 def test_the_rate_rises_and_falls_with_the_seconds(clock):
     budget = Budget(10.0, 0.1, torch.device("cpu"))
+    budget.on_train_begin(None, None, None)
     rates = []
     for clock.now in (100, 100.5, 101, 105.5, 110, 120):
         rates.append(budget.rate())
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0, 0])
     assert budget.share == 1
+
+
+def test_what_comes_before_the_first_step_takes_nothing_from_the_warm_up(clock, tmp_path):
+    """The LM's states of titles, or an alignment: paid for by the budget, but no part of the schedule."""
+    budget = Budget(10.0, 0.1, torch.device("cpu"))
+    clock.now = 102.0
+    budget.on_train_begin(None, None, None)
+    rates = []
+    for clock.now in (102, 102.4, 102.8, 106.4, 110):
+        rates.append(budget.rate())
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+    clock.now = 102.4
+    budget.save(tmp_path)
+    second = Budget(10.0, 0.1, torch.device("cpu"))
+    second.resume(tmp_path)
+    second.on_train_begin(None, None, None)
+    assert second.rate() == pytest.approx(0.5)
 
 
 def test_an_interrupted_training_has_used_what_it_had(clock, tmp_path):

@@ -183,4 +183,14 @@ def test_a_frozen_lm_does_not_drop_out(make_user_llm):
         model = make_user_llm(strategy, "tiny-random-gpt2", stir=False).train()
         frozen = strategy in ("enc", "proj")
         assert model.lm.training != frozen
-        assert model.encoder.training
+        assert model.encoder.training == (strategy != "proj")
+
+
+@every_strategy
+def test_a_frozen_encoder_has_no_dropout(make_user_llm, make_encoder, stored, strategy):
+    """With proj the encoder is a constant: what learns from it sees what it will see when it answers."""
+    model = make_user_llm(strategy, encoder=make_encoder("autoregressive", dropout=0.3)).eval()
+    batch = stored.batch([(7, 0, 8)])
+    answered = model.encoder(batch)[0]
+    model.train()
+    assert torch.equal(model.encoder(batch)[0], answered) == (strategy == "proj")

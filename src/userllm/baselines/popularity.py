@@ -8,7 +8,7 @@ from torch import Tensor
 
 from userllm.data.splits import Split
 from userllm.data.store import Dataset
-from userllm.tasks import ClosedTask
+from userllm.tasks import ClosedTask, OpenTask
 
 
 def item_counts(dataset: Dataset, split: Split) -> Tensor:
@@ -25,3 +25,10 @@ def answer_counts(task: ClosedTask, dataset: Dataset, split: Split, window: int)
     kept = split.train_end > split.first_target
     targets = task.targets(dataset, split.users[kept], split.train_end[kept] - 1, window)
     return torch.from_numpy(np.bincount(targets[targets >= 0], minlength=len(task.answers)).astype(float))
+
+
+def written_targets(task: OpenTask, dataset: Dataset, split: Split) -> list[str]:
+    """What would have been right to write at the end of the users' training events, of all who were to be asked."""
+    kept = split.train_end > split.first_target
+    asked = task.examples(dataset, split.users[kept], split.train_end[kept] - 1, 0)
+    return [one.target for one in asked if one is not None]

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from userllm.baselines.popularity import written_targets
 from userllm.config import RunConfig
 from userllm.errors import UserError
 from userllm.evaluation.closed import ClosedEvaluator
@@ -75,14 +76,14 @@ class Evaluation:
     def _label_entries(self, task: GenrePreference, texts: Texts) -> dict[str, Any]:
         """Answers that are the same for everyone, which join the texts, and every system's scores label by label."""
         scores = LabelScores(task)
-        training = task.examples(self.texts.dataset, self.texts.split.users, self.texts.split.train_end, 0)
+        training = written_targets(task, self.texts.dataset, self.texts.split)
         labels = {
             system: scores.table(texts.targets, written)
             for (system, decoding), written in texts.written.items()
             if decoding == "greedy"
         }
         entries: dict[str, Any] = {"labels": labels}
-        for system, text in scores.constants([one.target for one in training if one is not None]).items():
+        for system, text in scores.constants(training).items():
             texts.written[system, "greedy"] = [text] * len(texts.targets)
             texts.measured[system] = measured = dict(scores(texts.targets, texts.written[system, "greedy"]))
             entries[system] = {name: measured[name].as_dict() for name in NAMES}  # type: ignore[union-attr]

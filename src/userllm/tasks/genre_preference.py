@@ -39,6 +39,12 @@ class GenrePreference(OpenTask):
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[value] for value in column.to_list()]
         self.values = sorted({value for row in lists for value in row or () if value is not None})
+        for value in self.values:
+            if _SEPARATOR.search(value) or value != value.strip().rstrip(".").strip():
+                raise UserError(
+                    f"task {name}: {config.field} has the value {value!r}; in a text, values are apart by commas, "
+                    "semicolons or line ends and may end in a full stop: give this one another name"
+                )
         self._number = {value.casefold(): number for number, value in enumerate(self.values)}
         self._has = np.zeros((len(lists), len(self.values)), dtype=np.int32)
         for row, names in enumerate(lists):

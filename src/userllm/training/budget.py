@@ -2,9 +2,10 @@
 
 The clock counts the process's CPU seconds, all threads together, where the model is on a CPU: a busy machine does not
 shorten a training, and several processes use it up together. On an accelerator it counts wall-clock seconds, the main
-process's. The learning rate follows the share of the time that
-is used. A resumed training goes on from the seconds its checkpoint had used. Its batches are the same, but how many of
-them fit depends on the machine: unlike a training by steps, two of these are not equal bit for bit.
+process's. The learning rate follows the share that is used of the time left when the first step begins: what is done
+before (the LM's states of titles, an alignment) is paid for, and takes nothing from the warm-up. A resumed training
+goes on from the seconds its checkpoint had used. Its batches are the same, but how many of them fit depends on the
+machine: unlike a training by steps, two of these are not equal bit for bit.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Budget(TrainerCallback):
         self._clock = lambda: clock() + spared()
         self._began = self._clock()
         self._agreed = self._before = 0.0
+        self._first_step: float | None = None  # the share that was used when it began
 
     @property
     def used(self) -> float:
@@ -62,18 +64,28 @@ class Budget(TrainerCallback):
 
     def rate(self) -> float:
         """Factor on the learning rate now: a linear rise, then cosine decay to 0."""
-        share = self.share
+        before = self.share if self._first_step is None else self._first_step
+        share = (self.share - before) / (1 - before) if before < 1 else 1.0
         if share < self.warmup:
             return share / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
 
     def save(self, folder: Path) -> None:
         """Write the seconds used into a folder: a checkpoint, or what came before the first one."""
-        write_text(folder / _FILE, json.dumps({"used": self.used}))
+        write_text(folder / _FILE, json.dumps({"used": self.used, "first_step": self._first_step}))
 
     def resume(self, folder: Path) -> None:
         """Go on from the seconds in such a folder."""
-        self._before = read_object(folder / _FILE, AGAIN, "used")["used"]
+        saved = read_object(folder / _FILE, AGAIN, "used")
+        self._before, self._first_step = saved["used"], saved.get("first_step")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The rate begins to rise, unless it did so before an interruption."""
+        self.agree()
+        if self._first_step is None:
+            self._first_step = self.share
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
