@@ -53,6 +53,8 @@ class Event:
         if not isinstance(self.fields, Mapping):
             raise UserError(f"Event({self.item!r}): fields is {repr(self.fields)[:60]}; give values by name")
         for name, value in self.fields.items():
+            if not isinstance(name, str):
+                raise UserError(f"Event({self.item!r}): {name!r} is no name of a field")
             if not isinstance(value, str | Real | None):
                 raise UserError(
                     f"Event({self.item!r}): {name} is {repr(value)[:60]}; give a number, a text or None"

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -299,7 +300,10 @@ class UserLLM(ContextualLM):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             cache.batch_repeat_interleave(num_beams)
             inputs["past_key_values"] = cache
-        return self._generated(inputs, settings, users, inputs["input_ids"].shape[1])
+        length = inputs["input_ids"].shape[1]
+        if self._position_limit is not None:
+            self._check_length(self._position_limit, length + max_new_tokens - 1, None, None)
+        return self._generated(inputs, settings, users, length)
 
     def _generated(
         self, inputs: Mapping[str, Any], settings: GenerationConfig, users: UserContext | None, read: int
@@ -600,9 +604,9 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
     return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
 
 
-def _whole_number(value: int, what: str, why: str) -> None:
+def _whole_number(value: object, what: str, why: str) -> None:
     """Raise UserError for what is no whole number from 1 on."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise UserError(f"{what} is {value!r}; {why}")
 
 

@@ -65,7 +65,7 @@ def launched() -> int:
     """How many processes a launcher started, by what it says to each; 1 without one. Raises UserError where that is no
     number."""
     said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdigit():
+    if not (said.isascii() and said.isdecimal()):
         raise UserError(
             f"the environment's WORLD_SIZE is {said!r}; a launcher sets it to a number, or unset it"
         )

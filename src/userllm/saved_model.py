@@ -40,6 +40,8 @@ from userllm.language_models.pretrained import ResolvedLM
 FORMAT_VERSION = 1
 TEXT_START = "text_start.safetensors"
 _FILES = {
+    ".cache",
+    ".gitattributes",  # a model from the hub brings these two
     "README.md",
     "adapter",
     "config.json",
@@ -63,6 +65,7 @@ def check_replaceable(folder: Path) -> None:
     there = {one.name for one in folder.iterdir()}
     if there and "fusion.safetensors" not in there:
         raise UserError(f"{folder}: exists and holds no model; choose another folder or remove it")
+    there = {name for name in there if not name.endswith(".partial")}  # of a writer that was killed
     if others := sorted(there - _FILES):
         raise UserError(
             f"{folder}: holds {listed(others)} beside a model, which would be gone; choose another folder, or move them"

@@ -14,7 +14,7 @@ processes behind a balancer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import Response
 
 from userllm.data.history_file import parse_history
 from userllm.errors import UserError
@@ -35,7 +38,11 @@ from userllm.serving.store import UserStore
 from userllm.serving.user_side import UserSide
 
 MOST_EVENTS = 10_000
-"""Of a history that comes along; longer ones are refused unread."""
+"""Of a history that comes along."""
+MOST_BYTES = 1 << 20
+"""Of a request; larger ones are refused unread."""
+WAITING = 32
+"""Requests at work or waiting for the model; more are told to come back. Fewer than the server's threads."""
 
 
 class Asked(BaseModel):
@@ -58,7 +65,7 @@ class AskedToRecommend(Asked):
 class AskedToScore(Asked):
     """Log-likelihoods of these answers, exact."""
 
-    items: Annotated[list[str], Field(min_length=1, max_length=1000)]
+    items: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
     task: str | None = None
 
 
@@ -135,18 +142,20 @@ class Service:
             history = parse_history(asked.history, "history", self._fields)
             _, unread = self.model.collator.from_histories([history], self.model.encoder.max_length)
             return history, {"events": len(history), "unread": str(unread) or None}
-        if self.store is None or asked.user is None:
+        store = self.store  # a reload puts another one there
+        if store is None or asked.user is None:
             raise UserError('this service has no store of users (--store); give a "history"')
-        if asked.user not in self.store:
+        if asked.user not in store:
             raise _NotThere(f"no user {asked.user!r} in the store; give a history, or `userllm embed` it")
-        record = self.store[asked.user]
+        record = store[asked.user]
         return record, {"events": len(record), "unread": None}
 
 
-def build_app(service: Service) -> FastAPI:
-    """The service as an ASGI application; its schema is at /openapi.json."""
+def build_app(service: Service, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The service as an ASGI application; its schema is at /openapi.json. hosts: the names it answers to."""
     # their pages load scripts from elsewhere
     app = FastAPI(title="userllm", version=package_version(), docs_url=None, redoc_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     @app.exception_handler(UserError)
     def refused(_: Request, error: Exception) -> JSONResponse:
@@ -157,8 +166,34 @@ def build_app(service: Service) -> FastAPI:
         assert isinstance(error, RequestValidationError)
         return JSONResponse({"error": "; ".join(map(_in_words, error.errors()))}, 422)
 
+    @app.exception_handler(HTTPException)
+    def no_request(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    at_work = 0
+
+    @app.middleware("http")
+    async def some_at_a_time(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        nonlocal at_work
+        size = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers or not size.isdecimal() or int(size) > MOST_BYTES:
+            return JSONResponse({"error": f"give at most {MOST_BYTES:,} bytes, and say how many"}, 413)
+        if request.method != "POST":
+            return await answer(request)
+        if at_work >= WAITING:
+            return JSONResponse({"error": "busy; come back later"}, 503, {"Retry-After": "1"})
+        at_work += 1
+        try:
+            return await answer(request)
+        finally:
+            at_work -= 1
+
+    @app.get("/")
+    async def about() -> dict[str, Any]:  # no thread: those may all be waiting for the model
+        return service.about()
+
     # not async: each runs in a thread, and the model lets them take turns
-    app.get("/")(service.about)
     app.post("/recommend")(service.recommend)
     app.post("/score")(service.score)
     app.post("/generate")(service.generate)

@@ -7,14 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from fastapi.testclient import TestClient
 
 from userllm import Event, UserHistory, UserLLM
-from userllm.service import MOST_EVENTS, Service, build_app
+from userllm.service import MOST_BYTES, MOST_EVENTS, AskedToRecommend, Service, build_app
 
 HISTORY = [{"item": "6", "rating": 5, "time": 978300760}, {"item": "Babe (1995)", "time": 978300761}]
 
@@ -129,9 +133,58 @@ def test_the_store_is_read_again_when_asked_to(model, store, userllm, tmp_path):
     assert client.post("/recommend", json={"user": "7"}).status_code == 200
 
 
+@contextmanager
+def ended(server):
+    try:
+        yield
+    finally:
+        if server.poll() is None and sys.exc_info()[0] is not None:
+            server.kill()
+
+
+def test_what_is_no_request_is_told_alike(client):
+    assert client.get("/nowhere").json() == {"error": "Not Found"}
+    assert client.get("/recommend").status_code == 405 and "error" in client.get("/recommend").json()
+    answer = client.post("/recommend", content=b'{"user": "' + b"6" * MOST_BYTES + b'"}')
+    assert answer.status_code == 413 and "at most 1,048,576 bytes" in answer.json()["error"]
+    answer = client.post("/recommend", content=iter([b"{}"]))  # of unknown length
+    assert answer.status_code == 413
+    half = b'{"history": [{"item": "\\ud800"}]}'
+    answer = client.post("/recommend", content=half, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and "half a character" in answer.json()["error"]
+
+
+def test_names_of_others_are_not_answered_to(model):
+    app = build_app(Service(model), ["localhost"])
+    assert TestClient(app, base_url="http://localhost:8000").get("/").status_code == 200
+    assert TestClient(app, base_url="http://evil.example").get("/").status_code == 400
+
+
+def test_who_comes_when_too_many_wait_is_sent_away(model, store, monkeypatch):
+    """And who asks what answers here is not."""
+    service, go_on = Service(model, store), threading.Event()
+    monkeypatch.setattr(Service, "recommend", lambda self, asked: go_on.wait(60) and {})
+    monkeypatch.setattr("userllm.service.WAITING", 2)
+    # FastAPI reads the parameters of what it is given
+    Service.recommend.__annotations__["asked"] = AskedToRecommend
+    with TestClient(build_app(service)) as client, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(client.post, "/recommend", json={"user": "6"}) for _ in range(2)]
+        try:
+            until = time.monotonic() + 30
+            while (answer := client.post("/recommend", json={"user": "6"})).status_code != 503:
+                assert time.monotonic() < until
+            assert (
+                answer.json() == {"error": "busy; come back later"} and answer.headers["Retry-After"] == "1"
+            )
+            assert client.get("/").status_code == 200
+        finally:
+            go_on.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+
+
 def test_the_command(finished, store):
     command = [sys.executable, "-m", "userllm", "serve", "runs/demo", "--store", str(store), "--port", "0"]
-    with subprocess.Popen(command, cwd=finished, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=finished, stdout=subprocess.PIPE, text=True) as server, ended(server):
         assert server.stdout is not None
         said = next(line for line in server.stdout if "http://" in line)
         assert "12 users" in said
@@ -154,5 +207,6 @@ def test_bad_input_is_told_before_the_model_is_loaded(userllm, tmp_path):
         said = userllm("serve", "runs/demo", "--port", str(port))
         assert said.code == 2 and f"--port {port}: cannot be listened at" in said.err
     said = userllm("serve", "runs/demo", "--port", "0", "--store", tmp_path)
-    assert said.code == 2 and "no store of users" in said.err
+    assert said.code == 2 and "no store of users" in said.err and "language model" not in said.out
+    assert userllm("serve", "runs/demo", "--host", "a..b").code == 2
     assert userllm("serve", "runs/demo", "--port", "70000").code == 2

@@ -404,7 +404,7 @@ def test_sigterm_reaches_the_processes(tmp_path, monkeypatch, jobs):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    sender = Thread(target=send)
+    sender = Thread(target=send, daemon=True)
     said = []
     sender.start()
     began = time.monotonic()

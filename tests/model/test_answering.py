@@ -387,3 +387,11 @@ def test_a_text_for_which_the_language_model_has_no_positions(make_user_llm, lm)
                 UserError, match="reads texts of 1,024 tokens, and this one has 1,025; shorten"
             ):
                 model.hidden(**more)
+
+
+def test_a_prompt_that_leaves_no_positions_for_its_continuation(make_user_llm):
+    """On an accelerator an index beyond the table ends everything that comes after, too."""
+    model = make_user_llm("enc", "tiny-random-gpt2")
+    for prompt, new in (("word " * 2000, 1), ("word", 1025)):
+        with pytest.raises(UserError, match="reads texts of 1,024 tokens, and this one has"):
+            model.generate(prompt, None, max_new_tokens=new)

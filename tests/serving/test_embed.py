@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from dataclasses import replace
 
@@ -131,6 +132,31 @@ def test_what_another_process_wrote_stays_the_latest_when_files_are_put_together
     assert all(file.is_file() for file in first._blocks)
 
 
+def test_a_slow_writer_is_waited_for(make_user_llm, dataset, tmp_path, monkeypatch):
+    """What is written last counts, also where others put files together in the meantime."""
+    model, folder = make_user_llm(), tmp_path / "store"
+    stored(model, dataset, folder, users=["u1", "u2", "u3", "u4"])
+    slow, other = UserStore.read(folder), UserStore.read(folder)
+    newer = replace(slow["u1"], embeddings=slow["u1"].embeddings + 1)
+    writing, go_on, own = threading.Event(), threading.Event(), on_disk.save_tensors
+
+    def late(tensors, file, metadata):
+        if threading.current_thread() is not threading.main_thread():
+            writing.set()
+            go_on.wait(10)
+        own(tensors, file, metadata)
+
+    monkeypatch.setattr(on_disk, "save_tensors", late)
+    thread = threading.Thread(target=slow.put, args=([newer],))
+    thread.start()
+    assert writing.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    other.put([other["u3"], other["u4"]])
+    other.compact()
+    thread.join()
+    assert torch.equal(UserStore.read(folder)["u1"].embeddings, newer.embeddings)
+
+
 def test_large_files_of_few_users_stay_as_they_are(make_user_llm, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(on_disk, "BLOCK_BYTES", 1)  # a user to a file, each of them full
     monkeypatch.setattr(on_disk, "FEW_USERS", 4)
@@ -173,6 +199,9 @@ def test_users_can_be_taken_out(make_user_llm, dataset, tmp_path, small_blocks):
     assert not {"u1", "u7"} & set(named)
     with pytest.raises(UserError, match="no user 'u7'"):
         store.remove(["u7"])
+    store.remove(["u7", "u8"], missing_ok=True)
+    store.remove("u10")  # one user, and not the letters of a name
+    assert sorted(UserStore.read(folder)) == sorted(set(before) - {"u1", "u7", "u8", "u10"})
 
 
 def test_an_interrupted_command_goes_on(make_user_llm, dataset, tmp_path, small_blocks):

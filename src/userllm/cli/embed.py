@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     if others := sorted(set(store).difference(dataset.user_ids)):
         what = "--prune removes them"
         if arguments.prune:
-            store.remove(others)
+            store.remove(others, missing_ok=True)  # another process may be at it, too
             what = "removed"
         print(f"in the store but not in {dataset.folder}: {listed(others)}; {what}")
     store.compact()

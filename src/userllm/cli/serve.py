@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ NOTE = """\
 It asks nobody who they are, and whoever reaches it may ask about every user of the store: so it listens to this machine
 alone unless --host says otherwise. Put a gateway that knows your users before it.
 """
-WAITING = 64
-"""Requests at work or waiting for the model; more are told to come back (status 503)."""
+LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
+STOPPING = 30
+"""Seconds that requests under way are given when it is told to stop."""
 
 
 def add_parser(commands: Any) -> None:
@@ -40,11 +42,15 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Until it is told to stop."""
     folder = model_folder(arguments.folder)
+    from userllm.serving.store import UserStore
+
     try:
         import fastapi  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise UserError("serve needs an extra of userllm: in the clone, pip install -e '.[serve]'") from error
+    if arguments.store is not None:
+        UserStore.read(arguments.store)  # what is no store is told before a model is loaded
     with _listening(arguments.host, arguments.port) as listener:
         from userllm import processes
         from userllm.model import UserLLM
@@ -53,9 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
         model = UserLLM.from_pretrained(folder, arguments.lm).to(processes.device())
         service = Service(model, arguments.store)
         host, port = listener.getsockname()[:2]
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         users = "no store of users" if service.store is None else f"{len(service.store):,} users"
-        print(f"{folder}, {users}: http://{host}:{port}", flush=True)
-        config = uvicorn.Config(build_app(service), log_level="warning", limit_concurrency=WAITING)
+        print(f"{folder}, {users}: http://{where}", flush=True)
+        # of what is unknown in a history its answer tells; the log would be written by whoever asks
+        warnings.filterwarnings("ignore", category=UserWarning, module="userllm")
+        # a web page in this machine's browser reaches it under a name of its own
+        app = build_app(service, LOCAL if arguments.host in LOCAL else ("*",))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOPPING)
         with suppress(KeyboardInterrupt):  # it has ended what was under way
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -65,5 +76,5 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"--host {host} --port {port}: cannot be listened at ({error})") from error

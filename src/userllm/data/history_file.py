@@ -45,6 +45,10 @@ def parse_history(raw: Any, where: str, fields: Sequence[str] = ("rating",)) -> 
     """
     if not isinstance(raw, list):
         raise UserError(f'{where}: a history is a JSON list of events such as [{{"item": "Heat (1995)"}}]')
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a character ({error.reason})") from error
     events = [_event(entry, f"{where} event {number}", fields) for number, entry in enumerate(raw, 1)]
     times = [event.time for event in events if event.time is not None]
     if times and len(times) < len(events):

@@ -85,11 +85,15 @@ def in_own_process(arguments: list[str], output: Path | None = None) -> int:
         process = ends.enter_context(subprocess.Popen(command, stdout=file, stderr=both))
         _running.add(process)
         ends.callback(_running.discard, process)
+        if _ending.is_set():  # the signal came while it was being started
+            process.terminate()
         return process.wait()
 
 
 _running: set[subprocess.Popen[bytes]] = set()
 """The processes that are at work."""
+_ending = threading.Event()
+"""Whether they have been told to end."""
 
 
 class Runner:
@@ -125,6 +129,7 @@ class Runner:
 
         def stop(*_: object) -> None:
             self._stopped.set()
+            _ending.set()
             for process in _running.copy():
                 process.terminate()
             raise KeyboardInterrupt
@@ -134,6 +139,7 @@ class Runner:
             yield self
         finally:
             signal.signal(signal.SIGTERM, before)
+            _ending.clear()
 
     def run(
         self,

@@ -2,11 +2,11 @@
 
     card.json                       which model and dataset, what is kept, how exactly
     000001-3f2a9c0d.safetensors     the records of some users; of a user who is in several files the last counts
-    000002-z81b22e07.safetensors    the same, put together from files up to that number
 
 A file holds every column of its records one user after the other, and beside a column where each user begins. So
 reading a user reads their rows alone, adding users writes one new file, and whoever is killed loses a block at most.
-Processes may add to one store at the same time as long as no two add the same user.
+Processes may add to one store at the same time: they write one after the other, and of a user whom two of them add the
+record that was written last counts.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class UserStore:
     def _on_disk(self) -> dict[Path, _Block]:
         """The store's files, the oldest first."""
         for _ in range(_ATTEMPTS):
-            files = sorted(self.folder.glob("*.safetensors"))
+            files = _files(self.folder)
             with suppress(FileNotFoundError):  # another process has put one together with others
                 return {file: self._blocks.get(file) or _Block(file) for file in files}
         raise UserError(f"{self.folder}: its files come and go; try again when others are done with them")
@@ -196,8 +196,8 @@ class UserStore:
 
     def put(self, records: Sequence[UserRecord]) -> None:
         """Add users, or put newer records of them in the place of older ones, as one file."""
-        # others may have written since this store was opened, and the latest record of a user is to count
-        self._write(records, f"{_latest(self.folder.glob('*.safetensors')) + 1:06d}-")
+        with self._lock():
+            self._write(records)
 
     def put_all(self, records: Iterable[UserRecord]) -> Iterator[int]:
         """The same for as many as there are, file by file; yields how many users each file holds, once it is there."""
@@ -223,22 +223,27 @@ class UserStore:
             ]
             self._replace(worn + (few if len(few) >= FEW_USERS else []))
 
-    def remove(self, users: Iterable[str]) -> None:
-        """Take users out, older records of theirs included. Raises UserError for one who is not there."""
+    def remove(self, users: Iterable[str], missing_ok: bool = False) -> None:
+        """Take users out, older records of theirs included. Raises UserError for one who is not there, unless that does
+        not matter."""
         with self._alone():
-            gone = set(users)
-            for user in gone - self._place.keys():
+            gone = {users} if isinstance(users, str) else set(users)
+            for user in () if missing_ok else gone - self._place.keys():
                 self._columns(user)  # says so
             for user in gone:
-                del self._place[user]
+                self._place.pop(user, None)
             self._replace([file for file, block in self._blocks.items() if gone.intersection(block.users)])
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While files are replaced: by one process at a time, and as they are now. Others may go on adding."""
-        with FileLock(self.folder / ".lock"):
+        """While files are replaced: as they are now, and nobody else writes."""
+        with self._lock():
             self.refresh()
             yield
+
+    def _lock(self) -> FileLock:
+        """Whoever writes files has it: of two records of a user the one in the later file counts."""
+        return FileLock(self.folder / ".lock")
 
     def _replace(self, old: Sequence[Path]) -> None:
         """Write the users who live in these files into others, and remove these."""
@@ -246,16 +251,15 @@ class UserStore:
         for user, (file, _) in self._place.items():
             if file in live:
                 live[file].append(user)
-        # behind every file looked at, but before what others have added since: theirs is newer
-        name = f"{_latest(self._blocks):06d}-z"
         for some in _of_a_file(self[user] for file in old for user in live[file]):
-            self._write(some, name)
-        for file in old:
+            self._write(some)
+        # the oldest first: whoever is interrupted leaves no older record as the last of a user who is removed
+        for file in [file for file in self._blocks if file in live]:
             del self._blocks[file]
             file.unlink(missing_ok=True)
 
-    def _write(self, records: Sequence[UserRecord], name: str) -> None:
-        """Records as one file, whose name begins so."""
+    def _write(self, records: Sequence[UserRecord]) -> None:
+        """Records as one file, the latest of all."""
         if not records:
             return
         users = [record.user for record in records]
@@ -264,7 +268,7 @@ class UserStore:
         tensors = _one_after_the_other([record.columns() for record in records])
         floats = getattr(torch, self.card.dtype)
         tensors = {name: t.to(floats) if t.is_floating_point() else t for name, t in tensors.items()}
-        file = self.folder / f"{name}{secrets.token_hex(4)}.safetensors"
+        file = self.folder / f"{_latest(self.folder) + 1:06d}-{secrets.token_hex(4)}.safetensors"
         save_tensors(tensors, file, {"users": json.dumps(users, ensure_ascii=False)})
         block = self._blocks[file] = _Block(file)
         self._place |= {user: (file, row) for row, user in enumerate(block.users)}
@@ -295,9 +299,21 @@ class _Block:
         return found
 
 
-def _latest(files: Iterable[Path]) -> int:
-    """The highest number among the files' names; 0 of none."""
-    return max((int(file.name.split("-")[0]) for file in files), default=0)
+def _files(folder: Path) -> list[Path]:
+    """A store's files, the oldest first."""
+    numbered = [file for file in folder.glob("*-*.safetensors") if _number(file) >= 0]
+    return sorted(numbered, key=lambda file: (_number(file), file.name))
+
+
+def _number(file: Path) -> int:
+    """The number that a file's name begins with; -1 of one that is none of ours."""
+    number = file.name.split("-")[0]
+    return int(number) if number.isascii() and number.isdecimal() else -1
+
+
+def _latest(folder: Path) -> int:
+    """The number of the latest file; 0 where there is none."""
+    return max(map(_number, _files(folder)), default=0)
 
 
 def _of_a_file(records: Iterable[UserRecord]) -> Iterator[list[UserRecord]]:
