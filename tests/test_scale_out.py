@@ -116,7 +116,7 @@ def test_answers_travel_unchanged():
 
 def test_without_ray(saved, dataset, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"userllm\[ray\]"):
+    with pytest.raises(UserError, match=r"Ray is not installed; .* '\.\[ray\]'"):
         embed_users(saved, dataset.folder, tmp_path / "out", 2)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="is there already"):

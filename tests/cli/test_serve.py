@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -162,20 +161,23 @@ def test_names_of_others_are_not_answered_to(model):
 
 def test_who_comes_when_too_many_wait_is_sent_away(model, store, monkeypatch):
     """And who asks what answers here is not."""
-    service, go_on = Service(model, store), threading.Event()
-    monkeypatch.setattr(Service, "recommend", lambda self, asked: go_on.wait(60) and {})
+    service, go_on, at_work = Service(model, store), threading.Event(), threading.Semaphore(0)
+
+    def recommend(self, asked: AskedToRecommend):
+        at_work.release()
+        go_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(Service, "recommend", recommend)
     monkeypatch.setattr("userllm.service.WAITING", 2)
-    # FastAPI reads the parameters of what it is given
-    Service.recommend.__annotations__["asked"] = AskedToRecommend
     with TestClient(build_app(service)) as client, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(client.post, "/recommend", json={"user": "6"}) for _ in range(2)]
         try:
-            until = time.monotonic() + 30
-            while (answer := client.post("/recommend", json={"user": "6"})).status_code != 503:
-                assert time.monotonic() < until
-            assert (
-                answer.json() == {"error": "busy; come back later"} and answer.headers["Retry-After"] == "1"
-            )
+            for _ in waiting:
+                assert at_work.acquire(timeout=60)
+            answer = client.post("/recommend", json={"user": "6"})
+            assert answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+            assert answer.json() == {"error": "busy; come back later"}
             assert client.get("/").status_code == 200
         finally:
             go_on.set()
