@@ -139,18 +139,18 @@ class UserLLM(ContextualLM):
         added = UserHistory(events)  # says what is no event
         self.eval()
         side, keep = UserSide.of(self), Kept(record.keys_values is not None, True)
-        if (reason := why_not_extended(side, record, len(events))) is not None:
+        if (reason := why_not_extended(side, record, len(added))) is not None:
             raise UserError(f"this user's history cannot be continued: {reason}; use remember(history)")
         latest = last_time(record) if record.events else None
-        first = next((event for event in events if event.time is not None), None)
+        first = next((event for event in added.events if event.time is not None), None)
         if latest is not None and first is not None and first.time is not None and first.time < latest:
             raise UserError(
                 f"{first.item!r} (time {first.time}) is earlier than the latest event of the record (time {latest}); "
                 "a history is continued by later events: use remember(history)"
             )
         before = [Event("", latest)] if record.events else []  # a time gap is from here on
-        new = UserHistory([*before, *events])
-        batch = self._batch([new], len(events)) if events else self._batch([UserHistory([])])
+        new = UserHistory([*before, *added.events])
+        batch = self._batch([new], len(added)) if len(added) else self._batch([UserHistory([])])
         extended, *_ = extend(side, [record], batch, [self._seen(added)], keep)
         return extended
 

@@ -83,9 +83,8 @@ def _check_groups(given: dict[str, Any], owner: type, where: str, prefix: str = 
             raise UserError(
                 f"{where}: {path} is a group of settings, not {value!r}; set one of them ({path}.x=...){null}"
             )
-        if (
-            len(groups) > 1
-        ):  # an encoder's kinds, which have no groups in them; the kind that is meant is known
+        # an encoder's kinds, which have no groups in them; the kind that is meant is known
+        if len(groups) > 1:
             continue
         _check_groups(value, groups[0], where, f"{path}.")
         if optional:
