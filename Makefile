@@ -21,9 +21,9 @@ demo: $(VENV)/.installed  ## MovieLens-1M end to end, in minutes: see runs/demo/
 test: $(VENV)/.test  ## the default test suite
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-smoke: $(VENV)/.installed  ## every experiment with tiny models, and the page of them all: minutes
+smoke: $(VENV)/.installed  ## every experiment with tiny models, two cells at a time, and the page of them all: minutes
 	rm -rf runs/smoke
-	$(BIN)/userllm experiments run all --scale smoke --out runs/smoke --set threads=1
+	echo first second | xargs -n 1 -P 2 sh -c '$(BIN)/userllm experiments run all --scale smoke --out runs/smoke --set threads=1'
 	$(BIN)/userllm experiments report --scale smoke --out runs/smoke
 
 lint: $(VENV)/.lint  ## style, types, and the direction of imports

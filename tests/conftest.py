@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -48,6 +49,12 @@ TITLES = [
 ]  # fmt: skip
 GENRES = ["Action", "Comedy", "Drama", "Sci-Fi"]
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "opt", "gpt_neox", "phi3"]
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries brought is there to stay: without this every ``gc.collect`` of a training walks it anew."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -220,14 +220,14 @@ def test_a_model_does_not_grow_over_itself_and_says_what_it_replaces(userllm, fi
 
 
 def test_a_reader_that_has_seen_enough():
-    command = f"set -o pipefail; {sys.executable} -m userllm settings | true"
+    command = f"set -o pipefail; {sys.executable} -m userllm experiments list | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk():
-    command = f"{sys.executable} -m userllm settings > /dev/full"
+    command = f"{sys.executable} -m userllm experiments list > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert (

@@ -114,7 +114,11 @@ def test_any_answers_in_any_blocks(answers, data, users, block, normalization):
     ("architecture", "normalization", "attend"),
     [
         *((name, "catalogue", attend) for name in ("llama", "gemma3") for attend in ("text", "answer")),
-        *((name, "catalogue", "answer") for name in ("gpt2", "qwen3", "opt", "gpt_neox", "phi3")),
+        ("gpt2", "catalogue", "answer"),
+        *(
+            pytest.param(name, "catalogue", "answer", marks=pytest.mark.slow)
+            for name in ("qwen3", "opt", "gpt_neox", "phi3")
+        ),
         ("llama", "vocabulary", "answer"),
         ("gemma3", "vocabulary", "text"),
     ],

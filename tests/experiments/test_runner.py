@@ -310,6 +310,7 @@ def test_without_a_pace_the_shared_stage_keeps_its_name(tmp_path):
     assert calls[0][1].endswith(f"stage1-{settings_hash(mine)}.yaml")
 
 
+@pytest.mark.slow  # four processes, each of which loads torch
 def test_several_cells_at_a_time_share_one_stage_1(tmp_path):
     """Each cell in a process of its own: the results are those of one after the other."""
     said = []
@@ -334,6 +335,7 @@ def test_several_cells_at_a_time_share_one_stage_1(tmp_path):
     assert alone.metrics["tasks"] == cells[1].metrics["tasks"]
 
 
+@pytest.mark.slow  # two processes, each of which loads torch
 def test_of_several_at_a_time_one_may_fail(tmp_path):
     said = []
     runner = Runner(tmp_path, main, say=said.append, jobs=2)
@@ -441,6 +443,30 @@ def test_two_runners_do_a_cell_once(done, tmp_path):
         shutil.copytree(done[0] / "cells", tmp_path / "cells")
     second.join(20)
     assert calls == [] and "done by another runner" in said[0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runners_share_the_work(done, tmp_path, monkeypatch, jobs):
+    """One that meets a cell of another's goes on to the next, and comes back to it at the end."""
+    names = ["reference", "proj"]
+    digests = [settings_hash(FAMILY.settings(name, "smoke", 0, QUICK)) for name in names]
+    held, free = (CellStore(done[0]).find(digest) for digest in digests)
+    (tmp_path / "work").mkdir()
+    lock = FileLock(tmp_path / "work" / f"{held.file.stem}.lock", thread_local=False)
+    said, order = [], []
+
+    def cell(self, name, settings, told):
+        order.append(name)
+        if name == free.file.stem:
+            lock.release()
+        return held
+
+    monkeypatch.setattr(Runner, "_cell", cell)
+    lock.acquire()
+    runner = Runner(tmp_path, say=said.append, jobs=jobs)
+    assert runner.run([FAMILY], "smoke", only=names, extra=QUICK) == []
+    assert order == [free.file.stem, held.file.stem]
+    assert [line.split(": ")[1] for line in said] == order
 
 
 def test_a_cell_with_half_its_numbers_is_named(done, tmp_path):

@@ -173,9 +173,9 @@ def test_the_tokenizers_padding_side_does_not_matter(model, histories, padding_s
         ("lora", "soft prompt", "bert4rec"),
         ("enc", "long+short", "autoregressive"),
         ("proj", "perceiver", "dual"),
-        ("full", "cross-attention", "autoregressive"),
+        pytest.param("full", "cross-attention", "autoregressive", marks=pytest.mark.slow),
         ("lora", "cross-attention", "autoregressive"),
-        ("lora", "text prompt", "autoregressive"),
+        pytest.param("lora", "text prompt", "autoregressive", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_a_round_trip(

@@ -1,6 +1,6 @@
 """Every encoder with every fusion, strategy and three architectures: trained a step, saved, loaded, asked again.
 
-A ninth of the combinations, in which every value of every switch occurs, is tested by default; all of them by
+An eighteenth of the combinations, in which every value of every switch occurs, is tested by default; all of them by
 
     pytest tests/model/test_matrix.py -m ""
 """
@@ -50,10 +50,10 @@ COMBINATIONS = [
 
 
 def by_default(encoder: str, fusion: str, strategy: str, lm: str) -> bool:
-    """Whether a combination belongs to the ninth: its places, in two different sums, are multiples of three."""
+    """Whether a combination belongs to the eighteenth: its places, in three different sums, are multiples."""
     e, f = ENCODERS.index(encoder), list(FUSIONS).index(fusion)
     s, a = STRATEGIES.index(strategy), LMS.index(lm)
-    return (e + f + a) % 3 == 0 and (f + s + 2 * a + e) % 3 == 0
+    return (e + f + a) % 3 == 0 and (f + s + 2 * a + e) % 3 == 0 and (f + s) % 2 == 0
 
 
 CASES = [
@@ -61,11 +61,11 @@ CASES = [
 ]
 
 
-def test_the_ninth_has_every_value():
+def test_the_eighteenth_has_every_value():
     chosen = [c for c in COMBINATIONS if by_default(*c)]
     for place, values in enumerate((ENCODERS, FUSIONS, STRATEGIES, LMS)):
         assert {c[place] for c in chosen} == set(values)
-    assert len(chosen) <= len(COMBINATIONS) / 8
+    assert len(chosen) <= len(COMBINATIONS) / 17
 
 
 @pytest.mark.parametrize(("encoder", "fusion", "strategy", "lm"), CASES)

@@ -87,6 +87,7 @@ with stages.Stages(Path(sys.argv[1]), {"seed": 1}).stage("pretrain", ["seed"], l
 """
 
 
+@pytest.mark.slow  # a process that loads torch
 def test_seconds_before_kill_9_count(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False

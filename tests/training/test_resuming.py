@@ -56,7 +56,7 @@ def test_pretraining(run_pretrain, interrupted, same_weights, tmp_path):
     [
         {"kind": "bert4rec"},
         {"kind": "dual", "negatives": "mixed", "drawn_negatives": 5, "embeddings": 2},
-        {"kind": "dual", "label": "genres"},
+        pytest.param({"kind": "dual", "label": "genres"}, marks=pytest.mark.slow),
     ],
     ids=["bert4rec", "dual", "dual of genres"],
 )
@@ -76,7 +76,7 @@ def test_pretraining_of_other_encoders(run_pretrain, interrupted, same_weights, 
     [
         ("enc", "tiny-random-llama", [(4, True), (8, False)]),
         ("lora", "tiny-random-gpt2", [(8, False)]),  # an LM with dropout
-        ("full", "tiny-random-llama", [(8, True)]),
+        pytest.param("full", "tiny-random-llama", [(8, True)], marks=pytest.mark.slow),
     ],
 )
 def test_contextualization(run_contextualize, interrupted, same_weights, tmp_path, strategy, lm, cuts):

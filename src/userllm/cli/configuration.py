@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -37,15 +38,27 @@ def checked_config(base: dict[str, Any], where: str) -> RunConfig:
     Raises UserError as ``load_config`` does.
     """
     encoder = _encoder_class(base, f"{where}: ")
-    parser = ArgumentParser(exit_on_error=False, prog="config")
-    parser.add_class_arguments(RunConfig, skip={"encoder"})
-    parser.add_class_arguments(encoder, "encoder")
     _check_groups(base, RunConfig, where)
-    built = _built(parser, base, where)
+    built = _built(_run_parser(encoder), base, where)
     try:
         return RunConfig(**{name: built[name] for name in RunConfig.__dataclass_fields__})
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+@cache
+def _run_parser(encoder: type[EncoderConfig]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, prog="config")
+    parser.add_class_arguments(RunConfig, skip={"encoder"})
+    parser.add_class_arguments(encoder, "encoder")
+    return parser
+
+
+@cache
+def _group_parser(group: type, path: str) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, prog="config")
+    parser.add_class_arguments(group, path)
+    return parser
 
 
 def _built(parser: ArgumentParser, values: dict[str, Any], where: str, group: str = "") -> Namespace:
@@ -88,11 +101,9 @@ def _check_groups(given: dict[str, Any], owner: type, where: str, prefix: str = 
             continue
         _check_groups(value, groups[0], where, f"{path}.")
         if optional:
-            parser = ArgumentParser(exit_on_error=False, prog="config")
-            parser.add_class_arguments(groups[0], path)
             for part in reversed(path.split(".")):
                 value = {part: value}
-            _built(parser, value, where, f"{path}: ")
+            _built(_group_parser(groups[0], path), value, where, f"{path}: ")
 
 
 def _encoder_class(base: dict[str, Any], where: str) -> type[EncoderConfig]:

@@ -82,6 +82,12 @@ class Split:
         """How many of a history's latest ``events`` events count: under ``paper`` at most a window."""
         return min(events, self.config.window) if self.config.kind == "paper" else events
 
+    def answers(self, dataset: Dataset) -> np.ndarray | None:
+        """Rows of the catalogue that training may know of, [n], rising; None: all of them."""
+        if self.config.kind != "unseen_items":
+            return None
+        return np.flatnonzero(~unseen_items(dataset, self.config.unseen))
+
     @property
     def fingerprint(self) -> str:
         """sha256 over the dataset's fingerprint, the settings and every position."""

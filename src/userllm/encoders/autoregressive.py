@@ -146,9 +146,15 @@ class AutoregressiveEncoder(UserEncoder):
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
 
+    def choose_among(self, answers: Tensor) -> None:
+        """See ``UserEncoder``."""
+        super().choose_among(answers)
+        self.item_loss.frequencies = self.item_loss.frequencies.new_zeros(len(answers))
+
     def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
         """How often each value of a field occurs among the training targets: by field, [size], by vocabulary id."""
-        self.item_loss.frequencies.copy_(counts["item"][RESERVED:])
+        frequencies = counts["item"][RESERVED:]
+        self.item_loss.frequencies.copy_(frequencies if self.answers is None else frequencies[self.answers])
 
     def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
         """User embeddings [B, S, U] and the batch's mask; values at padding are meaningless.
@@ -220,7 +226,9 @@ class AutoregressiveEncoder(UserEncoder):
             hidden,
             {name: ids[targets.mask] for name, ids in targets.fields.items()},
             skip=[name for name, weight in weights.items() if weight == 0],
-            item_loss=self.item_loss,
+            item_loss=lambda outputs, table, right: self.item_loss(
+                outputs, *self.among_answers(table, right)
+            ),
         )
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {"loss": total / sum(weights.values()), **losses}

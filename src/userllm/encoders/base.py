@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from userllm.encoders.state import EncoderState
@@ -38,6 +39,8 @@ class UserEncoder(nn.Module, ABC):
     """Why ``extend`` cannot go on from an earlier part of a history; None where it can."""
     needs_frequencies: bool = False
     """Whether stage 1 has to call ``use_frequencies`` before it begins."""
+    answers: Tensor | None = None
+    """Rows of the catalogue among which stage 1's loss tells the next item, [n]; None: all. See ``choose_among``."""
 
     @abstractmethod
     def forward(self, batch: HistoryBatch) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,20 @@ class UserEncoder(nn.Module, ABC):
         raise UserError(
             f"{type(self).__name__} is not pretrained by userllm; train it before and set pretrain: null"
         )
+
+    def choose_among(self, answers: Tensor) -> None:
+        """Keep all other items out of stage 1's loss, where they would be wrong answers; before ``use_frequencies``.
+
+        answers: rows of the catalogue, [n], rising. Ranking is still over the whole catalogue.
+        """
+        self.answers = answers
+
+    def among_answers(self, table: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What stage 1's loss is to see of the catalogue's table [V, ...] and of its right rows [N]."""
+        if self.answers is None:
+            return table, target
+        answers = self.answers.to(table.device)
+        return table[answers], torch.searchsorted(answers, target)
 
     def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
         """How often each value of a field occurs among the training targets.

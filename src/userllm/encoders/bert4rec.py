@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from userllm.encoders.base import UserEncoder
+from userllm.encoders.cross_entropy import blocked_cross_entropy
 from userllm.encoders.features import FieldShape, FieldTables
 from userllm.encoders.transformer import Transformer
 from userllm.errors import UserError
@@ -118,7 +119,11 @@ class Bert4RecEncoder(UserEncoder):
         chunk = HistoryBatch(fields, torch.cat([inputs.mask[:, :1], targets.mask], dim=1))
         hidden = self.hide(chunk.mask)
         losses = self.features.losses(
-            self._states(chunk, hidden)[hidden], {name: ids[hidden] for name, ids in fields.items()}
+            self._states(chunk, hidden)[hidden],
+            {name: ids[hidden] for name, ids in fields.items()},
+            item_loss=lambda outputs, table, right: blocked_cross_entropy(
+                outputs, *self.among_answers(table, right)
+            ),
         )
         weights = {name: self.config.field_weights.get(name, 1.0) for name in losses}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()

@@ -224,11 +224,13 @@ class DualEncoder(UserEncoder):
 
     def label_scores(self, users: Tensor) -> Tensor:
         """Scores of every label, [..., V], from a user's embeddings [..., m, U]."""
-        return (users @ self.label_tower().T).amax(-2)
+        return _similarity(users, self.label_tower())
 
     def use_frequencies(self, counts: Mapping[str, Tensor]) -> None:
         """See ``UserEncoder``."""
         labels = counts[self.config.label][RESERVED:].double().clamp_min(1)
+        if self._chooses:
+            labels = labels[self.answers]
         self.frequencies = (labels / labels.sum()).to(self.label_tower.table.weight.device)
 
     def next_event_losses(self, inputs: HistoryBatch, targets: HistoryBatch) -> dict[str, Tensor]:
@@ -240,16 +242,23 @@ class DualEncoder(UserEncoder):
         event, *_ = torch.nonzero(labels >= 0, as_tuple=True)
         target = labels[labels >= 0]
         users = self.prefix_embeddings(inputs)[:, 1:][targets.mask][event]
+        table = self.label_tower()
+        if self._chooses:
+            table, target = self.among_answers(table, target)
         if self.training:
-            loss = self._training_loss(users, self.label_tower(), target)
+            loss = self._training_loss(users, table, target)
         else:
-            loss = F.cross_entropy(self.label_scores(users), target, reduction="sum")
+            loss = F.cross_entropy(_similarity(users, table), target, reduction="sum")
             loss = loss / processes.share(len(target))
         return {"loss": loss, self.config.label: loss}
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """The label tower."""
         return self.label_tower.parameters()
+
+    @property
+    def _chooses(self) -> bool:
+        return self.answers is not None and self.config.label == "item"
 
     def _training_loss(self, users: Tensor, labels: Tensor, target: Tensor) -> Tensor:
         if self.config.embeddings > 1:
@@ -264,6 +273,11 @@ class DualEncoder(UserEncoder):
         drawn = self.config.drawn_negatives if self.config.negatives == "mixed" else 0
         logits, column = sampled_logits(users, labels, target, self.frequencies, drawn)
         return F.cross_entropy(logits, column, reduction="sum") / processes.share(len(target))
+
+
+def _similarity(users: Tensor, labels: Tensor) -> Tensor:
+    """Of the labels [V, U] to the nearest of a user's embeddings [..., m, U]: [..., V]."""
+    return (users @ labels.T).amax(-2)
 
 
 def sampled_logits(

@@ -274,7 +274,7 @@ class TextEncoder(UserEncoder):
             raise UserError("a text encoder is pretrained only if it is causal and has parts of the item")
         known = targets.mask & (targets.fields["item"] >= FIRST_VALUE)
         hidden, target = self(inputs)[0][known], targets.fields["item"][known] - FIRST_VALUE
-        loss = blocked_cross_entropy(self.head(hidden), self._catalogue(), target)
+        loss = blocked_cross_entropy(self.head(hidden), *self.among_answers(self._catalogue(), target))
         return {"loss": loss, "item": loss}
 
     def head_parameters(self) -> Iterator[nn.Parameter]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from userllm.data.card import DatasetCard
 from userllm.errors import UserError
@@ -164,22 +164,35 @@ class Runner:
                     continue
                 told = {"experiment": experiment.name, "cell": cell, "scale": scale}
                 missing.setdefault(digest, _Wanted(name, settings, told, where))
-        if self.jobs == 1:
-            done = [self._done(one) for one in missing.values()]
-        else:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                try:
-                    done = list(pool.map(self._done, missing.values()))
-                except BaseException:
-                    # the processes that run got the signal themselves; nothing is to be started after them
-                    self._stopped.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        return [one.name for one, stored in zip(missing.values(), done, strict=True) if not stored]
+        done = self._each(missing, partial(self._done, wait=False))
+        busy = {digest: one for digest, one in missing.items() if done[digest] is None}
+        done |= self._each(
+            busy, partial(self._done, wait=True)
+        )  # another runner was at these: at the end, waited for
+        return [one.name for digest, one in missing.items() if not done[digest]]
 
-    def _done(self, wanted: _Wanted) -> bool:
-        """Do a cell; whether it is stored. Another runner that is at it is waited for."""
-        with self._locked(wanted.name):
+    def _each(
+        self, cells: Mapping[str, _Wanted], do: Callable[[_Wanted], bool | None]
+    ) -> dict[str, bool | None]:
+        """What ``do`` says of each, ``jobs`` at a time."""
+        if self.jobs == 1:
+            return {digest: do(one) for digest, one in cells.items()}
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return dict(zip(cells, pool.map(do, cells.values()), strict=True))
+            except BaseException:
+                # the processes that run got the signal themselves; nothing is to be started after them
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _done(self, wanted: _Wanted, wait: bool) -> bool | None:
+        """Do a cell; whether it is stored. wait: for another runner that is at it; None if not waited for."""
+        try:
+            lock = self._locked(wanted.name).acquire(-1 if wait else 0)
+        except Timeout:
+            return None
+        with lock:
             if self.store.find(settings_hash(wanted.settings)) is not None:
                 self.say(f"{wanted.where}: done by another runner in the meantime, skipped")
                 return True

@@ -130,6 +130,8 @@ def pretrain(
     Where the split has no validation events the last weights are kept. An encoder that cannot rank the catalogue is
     judged by the log-likelihood of what it predicts.
     """
+    if (answers := split.answers(dataset)) is not None:
+        encoder.choose_among(torch.from_numpy(answers))
     if encoder.needs_frequencies:
         encoder.use_frequencies(training_counts(stored, split))
     batches = PretrainBatches(stored, split, encoder.max_length, config, seed)
