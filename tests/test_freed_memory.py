@@ -23,6 +23,7 @@ print(faults(128))  # 32,768 pages
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+@pytest.mark.slow  # two processes that load torch
 def test_the_second_large_tensor_needs_no_new_pages():
     pages = {
         way: int(
@@ -79,7 +80,7 @@ print(with_it - resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
-@pytest.mark.parametrize(("left", "handed"), [(0.1, True), (0.5, False)])
+@pytest.mark.parametrize(("left", "handed"), [(0.1, True), pytest.param(0.5, False, marks=pytest.mark.slow)])
 def test_where_memory_is_scarce_nothing_free_is_kept(left, handed):
     done = subprocess.run(
         [sys.executable, "-c", SCARCE, str(left)], capture_output=True, text=True, check=True

@@ -74,6 +74,7 @@ def there(folder: Path, *commands: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # three commands there, two here
 def test_train_and_answer(tmp_path, monkeypatch, capsys):
     (tmp_path / "demo.yaml").write_text(CONFIG)
     printed = there(
@@ -96,8 +97,10 @@ def test_train_and_answer(tmp_path, monkeypatch, capsys):
             )
 
 
-@pytest.mark.slow  # 10 s each: a process of its own
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(  # 10 s each: a process of its own
+    "variant",
+    [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in VARIANTS],
+)
 def test_every_way(tmp_path, variant):
     (tmp_path / "demo.yaml").write_text(CONFIG)
     settings = " ".join(f"'{setting}'" for setting in VARIANTS[variant])

@@ -78,7 +78,8 @@ def test_every_kinds_settings_are_listed():
             assert listed[name][1]
 
 
-@pytest.mark.parametrize("kind", ["bert4rec", pytest.param("dual", marks=pytest.mark.slow)])
+@pytest.mark.slow  # make smoke has them in experiments, too
+@pytest.mark.parametrize("kind", ["bert4rec", "dual"])
 def test_a_run_of_each_kind(userllm, finished, tmp_path, kind):
     settings = [f"data.path={finished / 'raw'}", f"encoder.kind={kind}", *SHORT]
     said = userllm("run", finished / "config.yaml", *settings, cwd=tmp_path)

@@ -125,7 +125,7 @@ def test_item_embeddings_that_start_from_the_titles(userllm, tmp_path, finished)
     assert heat.isclose(tables["text"][item][2:], atol=1e-5).all(1).any()
 
 
-@pytest.mark.parametrize("which", ["runs/demo", "config.yaml"])
+@pytest.mark.parametrize("which", ["runs/demo", pytest.param("config.yaml", marks=pytest.mark.slow)])
 def test_the_report_alone(userllm, finished, which):
     page = finished / "runs/demo/report.html"
     page.unlink()

@@ -176,6 +176,7 @@ def test_the_shipped_configuration_without_its_files(userllm, tmp_path):
     assert "events.csv" in userllm("run", CONFIG, *SMALL, cwd=tmp_path).error
 
 
+@pytest.mark.slow  # a whole run, one of three
 def test_the_shipped_configuration_without_items(userllm, tmp_path):
     """What its comments say is to be left out."""
     rows = [f"u{n % 5},i{(n * n + n // 5) % 9},{n}" for n in range(60)]

@@ -72,6 +72,7 @@ def test_a_run_with_text_histories(userllm, work):
     assert said.code == 0, said.err
 
 
+@pytest.mark.slow  # a whole run, one of three
 def test_a_run_that_asks_for_genres_alone(userllm, work):
     genres = "tasks={genres: {kind: genre_preference, prompt: 'Which genres?'}}"
     said = userllm("run", "config.yaml", *SETTINGS, "pretrain=null", genres, "name=genres", cwd=work)

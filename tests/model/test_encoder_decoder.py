@@ -172,7 +172,7 @@ def test_the_tokenizers_padding_side_does_not_matter(model, histories, padding_s
         ("full", "soft prompt", "autoregressive"),
         ("lora", "soft prompt", "bert4rec"),
         ("enc", "long+short", "autoregressive"),
-        ("proj", "perceiver", "dual"),
+        pytest.param("proj", "perceiver", "dual", marks=pytest.mark.slow),
         pytest.param("full", "cross-attention", "autoregressive", marks=pytest.mark.slow),
         ("lora", "cross-attention", "autoregressive"),
         pytest.param("lora", "text prompt", "autoregressive", marks=pytest.mark.slow),

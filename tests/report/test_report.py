@@ -10,7 +10,7 @@ import pytest
 
 from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate
-from userllm.report import html, markdown, write_report
+from userllm.report import figures, html, markdown, write_report
 from userllm.report.figures import bars, data_uri, draw, gate_bars, training_curves
 from userllm.report.record import read_run
 from userllm.report.wording import duration, gain, interval, number, standing, summary
@@ -355,7 +355,8 @@ def test_markdown_escapes():
     assert markdown.escape("0.1 [0.0, 0.2]") == "0.1 [0.0, 0.2]"
 
 
-def test_memory_and_versions_are_told_where_they_were_recorded(synthetic_run):
+def test_memory_and_versions_are_told_where_they_were_recorded(synthetic_run, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda _: {})
     write_report(synthetic_run)
     page = (synthetic_run / "report.md").read_text(encoding="utf-8")
     assert "Peak memory: 3,413 MB." in page

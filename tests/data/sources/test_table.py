@@ -69,7 +69,7 @@ def events_of(dataset: Dataset) -> list[tuple]:
     ]  # fmt: skip
 
 
-@OFTEN
+@settings(OFTEN, max_examples=8)
 @given(ROWS)
 def test_every_format_gives_the_same_dataset(tmp_path, rows):
     plain = write_csv(tmp_path / "log.csv", rows)
