@@ -40,6 +40,7 @@ from userllm.fusion.projection import UserTokens
 from userllm.fusion.soft_prompt import SoftPrompt
 from userllm.fusion.source import Source, decoder_start, has_encoder, no_prefix, read_source
 from userllm.language_models.positions import position_limit
+from userllm.language_models.word_start import lead
 from userllm.lower_states import LowerStates
 from userllm.tasks import ClosedTask, OpenTask, Task
 from userllm.text_in_lm import TextInLM, TextTreeInLM, reads_trees
@@ -89,13 +90,21 @@ class ContextualLM(nn.Module):
         some_text = tokenizer("a", add_special_tokens=True)["input_ids"]
         first, last = some_text[:1], some_text[-1:]  # type: ignore[index]
         self._opening: list[int] = first if first == [tokenizer.bos_token_id] else []
-        self._closing: list[int] = last if self.has_encoder and last == [tokenizer.eos_token_id] else []
+        ends = last == [tokenizer.eos_token_id]
+        self._closing: list[int] = last if self.has_encoder and ends else []
+        self.lead = lead(tokenizer)
+        self._ends_prompts = ends and not self.has_encoder
         self.soft_prompt = None
         if fusion.kind == "soft_prompt":
             some = torch.linspace(0, text_config.vocab_size - 1, 1000, device=lm.device).long()
-            size = float(self._embed(some).detach().float().pow(2).mean().sqrt())
+            words = self._embed(some).detach().float()
+            # an LM may project its input embeddings to the hidden size (opt-350m)
             self.soft_prompt = SoftPrompt(
-                fusion.soft_prompt, fusion.projection, encoder.width, text_config.hidden_size, size
+                fusion.soft_prompt,
+                fusion.projection,
+                encoder.width,
+                words.shape[-1],
+                float(words.pow(2).mean().sqrt()),
             )
         self.history_text: HistoryText | HistorySummary | None = None
         if fusion.text.summary is not None:
@@ -526,9 +535,15 @@ class ContextualLM(nn.Module):
                 "prompts, titles or histories as text (fusion.text.max_tokens), or write fewer tokens"
             )
 
+    def read_as(self, prompt: str) -> list[int]:
+        """A prompt's token ids, with what the tokenizer puts around it; without an end of text that a causal LM would
+        have to go on behind."""
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=True)["input_ids"]  # type: ignore[assignment]
+        return ids[:-1] if self._ends_prompts and ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
     def _closed_answers(self, task: ClosedTask) -> ClosedAnswers:
         tree = PrefixTree.from_texts(task.answers, self.tokenizer)
-        prompt = self.tokenizer(task.config.prompt, add_special_tokens=True)["input_ids"]
+        prompt = self.read_as(task.config.prompt)
         if not prompt:
             raise UserError(
                 f"task {task.name}: its prompt is empty; the language model needs at least one token"

@@ -42,8 +42,10 @@ def text_losses(
     """Negative log-likelihood [E], in nats, of targets behind their prompts, and the targets' tokens [E].
 
     users: one per text, one for all, or None for the base LM. The softmax runs over the whole vocabulary. A target
-    begins with a space and ends with the end of text; of a longer one the first ``most`` tokens count, without its end.
+    begins as a word behind others and ends with the end of text; of a longer one the first ``most`` tokens count,
+    without its end.
     """
+    _one_or_each(users, prompts)
     ids, real = _targets(model, targets, most)
     prompt, source = _prompts(model, prompts, users)
     body = torch.cat([prompt.embeddings[:, -1:], model._embed(ids[:, :-1])], dim=1)
@@ -96,6 +98,7 @@ def write_texts(
     own (by default their places).
     """
     decoding.check()
+    _one_or_each(users, prompts)
     if users is not None and len(users) != len(prompts):
         users = users.select(torch.zeros(len(prompts), dtype=torch.long, device=users.tokens.device))
     prompt, source = _prompts(model, prompts, users)
@@ -120,6 +123,11 @@ def write_texts(
         new = model._embed(chosen[:, None])
         writing.mask = torch.cat([writing.mask, torch.ones_like(writing.mask[:, :1])], dim=1)
     return [_text(model, row, end) for row in tokens.tolist()]
+
+
+def _one_or_each(users: UserContext | None, prompts: Sequence[str]) -> None:
+    if users is not None and len(users) not in (1, len(prompts)):
+        raise ValueError(f"{len(users)} users for {len(prompts)} prompts; give one for each, or one for all")
 
 
 def _text(model: ContextualLM, tokens: list[int], end: int) -> str:
@@ -149,10 +157,8 @@ def _prompts(
     if before is None:
         opening = model._embed(model.opening).expand(len(ids), -1, -1)
         before = Prefix(opening, torch.ones(opening.shape[:2], dtype=torch.bool, device=device))
-    before = before.repeated(len(ids))
-    whole = Prefix.of(
-        [(before.embeddings, before.mask), (model._embed(ids).to(before.embeddings.dtype), real)]
-    )
+    before, words = before.repeated(len(ids)), model._embed(ids)
+    whole = Prefix.of([(before.embeddings.to(words.dtype), before.mask), (words, real)])
     if not model.has_encoder:
         return whole, None
     start = model._embed(torch.full((len(ids), 1), decoder_start(model.lm), device=device))
@@ -164,7 +170,9 @@ def _targets(model: ContextualLM, targets: Sequence[str], most: int | None) -> t
     end = _end_of_text(model)
     encoded = [
         torch.tensor(
-            [*model.tokenizer(" " + text, add_special_tokens=False, verbose=False)["input_ids"], end][:most]
+            [*model.tokenizer(model.lead + text, add_special_tokens=False, verbose=False)["input_ids"], end][
+                :most
+            ]
         )
         for text in targets
     ]

@@ -29,6 +29,7 @@ from userllm.fusion.config import FusionConfig
 from userllm.fusion.source import decoder_start
 from userllm.hub import download, is_repo_id, upload
 from userllm.language_models.adapter import Adapter
+from userllm.language_models.end_tokens import end_tokens
 from userllm.language_models.pretrained import LanguageModelConfig, ResolvedLM, load
 from userllm.language_models.summaries import Summarizer
 from userllm.model_card import write_description
@@ -53,6 +54,8 @@ from userllm.tensor_file import give_usual_rights, save_tensors
 from userllm.text_in_lm import TextInLM
 
 Strategy = Literal["full", "lora", "enc", "proj"]
+_USERS = 64
+"""Users answered at a time, however many are asked about: each has keys and values of a prompt."""
 
 __all__ = ["Attended", "FusionConfig", "Recommendation", "UserLLM", "encoder_for"]
 
@@ -185,21 +188,25 @@ class UserLLM(ContextualLM):
             _whole_number(beams, "beams", "the search needs at least one")
         if not histories:
             return []
-        users = self.users(histories)
-        excluded = None
-        if asked.config.kind == "next_item" and exclude_seen:
-            excluded = torch.zeros(
-                len(histories), len(asked.answers), dtype=torch.bool, device=self.lm.device
-            )
-            for b, one in enumerate(histories):
-                excluded[b, one.seen if isinstance(one, UserRecord) else self._seen(one)] = True
+        exclude = asked.config.kind == "next_item" and exclude_seen
         k = min(k, len(asked.answers))
-        found = self.rank_answers(task, users, k, beams or max(k, 20), excluded)
-        lists = [
-            [self._recommendation(asked, a, s) for a, s in zip(answers, scores, strict=True) if a >= 0]
-            for answers, scores in zip(found.answers.tolist(), found.scores.tolist(), strict=True)
-        ]
+        lists: list[list[Recommendation]] = []
+        for start in range(0, len(histories), _USERS):
+            some = histories[start : start + _USERS]
+            excluded = self._excluded(some, len(asked.answers)) if exclude else None
+            found = self.rank_answers(task, self.users(some), k, beams or max(k, 20), excluded)
+            lists += [
+                [self._recommendation(asked, a, s) for a, s in zip(answers, scores, strict=True) if a >= 0]
+                for answers, scores in zip(found.answers.tolist(), found.scores.tolist(), strict=True)
+            ]
         return lists[0] if isinstance(history, UserHistory | UserRecord) else lists
+
+    def _excluded(self, users: Sequence[UserHistory | UserRecord], items: int) -> Tensor:
+        """Which of the catalogue's items each user has had, [B, items]."""
+        excluded = torch.zeros(len(users), items, dtype=torch.bool, device=self.lm.device)
+        for b, one in enumerate(users):
+            excluded[b, one.seen if isinstance(one, UserRecord) else self._seen(one)] = True
+        return excluded
 
     def recommend_without_user(self, k: int = 10, *, task: str = "next_item") -> list[Recommendation]:
         """What the LM, knowing nobody, finds most likely among the same answers: the base LM, if its own weights were
@@ -231,7 +238,9 @@ class UserLLM(ContextualLM):
         alone, histories = isinstance(history, UserHistory | UserRecord), _users(history)
         scores = torch.empty(0, len(asked))
         if histories:
-            scores = self.score_answers(task, self.users(histories), asked, block).cpu()
+            parts = [histories[start : start + _USERS] for start in range(0, len(histories), _USERS)]
+            each = [self.score_answers(task, self.users(some), asked, block).cpu() for some in parts]
+            scores = torch.cat(each)
         return scores[0] if alone else scores
 
     @torch.no_grad()
@@ -248,9 +257,9 @@ class UserLLM(ContextualLM):
     ) -> str:
         """Free text for a user (None: the base LM). Greedy unless told otherwise.
 
-        chat: put the prompt into the LM's chat template. The decoding settings are these and no others: the LM's own
-        generation_config is not consulted. Raises UserError for an empty prompt, settings out of range, several users,
-        and ``chat`` without a template.
+        chat: put the prompt into the LM's chat template; the text then ends with a turn, too. The decoding settings are
+        these and no others: of the LM's own generation_config only the tokens that end a turn are heard. Raises
+        UserError for an empty prompt, settings out of range, several users, and ``chat`` without a template.
         """
         if not isinstance(prompt, str):
             raise UserError(f"the prompt is {repr(prompt)[:60]}; give one text")
@@ -268,9 +277,13 @@ class UserLLM(ContextualLM):
             message = [{"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         # a chat template writes its own special tokens
-        inputs = self.tokenizer(str(text), add_special_tokens=not chat, return_tensors="pt").to(
-            self.lm.device
+        ids = (
+            self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+            if chat
+            else self.read_as(str(text))
         )
+        ids = torch.tensor([ids], dtype=torch.long, device=self.lm.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if inputs["input_ids"].shape[1] == 0:
             raise UserError("the prompt is empty; the language model needs at least one token")
         settings = GenerationConfig(
@@ -288,7 +301,7 @@ class UserLLM(ContextualLM):
             settings.decoder_start_token_id = decoder_start(self.lm)
             source = self.read_source(inputs["input_ids"], None if users is None else users.prefix)
             inputs = {"encoder_outputs": BaseModelOutput(source.states), "attention_mask": source.mask.long()}
-            return self._generated(inputs, settings, users, 0)
+            return self._generated(inputs, settings, users, 0, chat)
         begun = 0
         if (users is not None and users.prefix is not None) or (
             self.reads_ahead and inputs["input_ids"].shape[1] > 1
@@ -303,13 +316,20 @@ class UserLLM(ContextualLM):
         length = inputs["input_ids"].shape[1]
         if self._position_limit is not None:
             self._check_length(self._position_limit, length + max_new_tokens - 1, None, None)
-        return self._generated(inputs, settings, users, length)
+        return self._generated(inputs, settings, users, length, chat)
 
     def _generated(
-        self, inputs: Mapping[str, Any], settings: GenerationConfig, users: UserContext | None, read: int
+        self,
+        inputs: Mapping[str, Any],
+        settings: GenerationConfig,
+        users: UserContext | None,
+        read: int,
+        chat: bool,
     ) -> str:
         """What transformers writes, without the ``read`` tokens it repeats."""
         with self.conditioned_or_not(users):  # no other thread's turn meanwhile
+            if chat:
+                settings.eos_token_id = end_tokens(self.lm, self.tokenizer)
             shipped, self.lm.generation_config = self.lm.generation_config, GenerationConfig()
             try:  # transformers fills what ``settings`` leaves open from the LM's own configuration
                 output = self.lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
@@ -343,7 +363,7 @@ class UserLLM(ContextualLM):
         gates = {index: abs(value) for index, value in self.gates.items()}
         whole = sum(gates.values())
         share = {index: value / whole if whole > 0 else 1 / len(gates) for index, value in gates.items()}
-        weights = sum(share[index] * seen[0][0, -1] for index, seen in users.recorded.items())
+        weights = sum(share[index] * seen[-1][0, -1] for index, seen in users.recorded.items())
         assert isinstance(weights, Tensor)
         kept = list(history.events)[-min(self.config.events, self.encoder.max_length) :]
         tail = weights[len(weights) - len(kept) :].tolist() if kept else []
@@ -471,9 +491,15 @@ class UserLLM(ContextualLM):
             }
             write_description(partial, description, name or folder.name)
             give_usual_rights(partial, partial / "config.json")
+            replaced = Path(scratch) / "replaced"
             if folder.exists():
-                folder.rename(Path(scratch) / "replaced")
-            partial.rename(folder)
+                folder.rename(replaced)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(folder)
+                raise
 
     def push_to_hub(
         self,

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 def reads_trees(model: ContextualLM) -> bool:
     """Whether the LM reads texts side by side as it reads each alone, told what each token sees and where it stands.
 
-    It is tried on a few tokens. LMs whose layers forget (sliding windows) or that count their tokens themselves do not,
-    and an encoder-decoder is not asked.
+    It is tried on a few tokens. LMs whose layers forget (sliding windows; GPT-Neo's, which no cache tells of) or that
+    count their tokens themselves do not, and an encoder-decoder is not asked.
     """
     lm, text_config = model.lm, model.lm.config.get_text_config()
     if (
         model.has_encoder
+        or "local" in getattr(text_config, "attention_layers", ())
         or any(
             isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=lm.config).layers
         )

@@ -166,6 +166,13 @@ OTHERS = {
         "n_head": 4,
     },  # a layer returns a tuple; no positions but a slope
     "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 8},
+    "gpt_neo": {  # windows of which no cache tells
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 16,
+    },
 }
 
 

@@ -1,17 +1,23 @@
 """What a person asks of a model: recommend, generate, encode, explain; for any history."""
 
+import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import OPTConfig, OPTForCausalLM
 
+import userllm.model
 from userllm.errors import UserError
 from userllm.events import Event, UserHistory
+from userllm.fusion.catalogue import CatalogueConfig
 from userllm.fusion.cross_attention import CrossAttentionConfig
 from userllm.fusion.history_text import HistoryTextConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.source import new_cache
+from userllm.model import FusionConfig, UserLLM
 
 
 @pytest.fixture(scope="module")
@@ -193,18 +199,115 @@ def test_explained_weights_sum_to_one_over_the_events_seen(make_user_llm, datase
     assert sum(a.weight for a in shut.explain(dataset.history(7))) == pytest.approx(1, abs=1e-5)
 
 
-def test_explained_weights_are_of_the_prompts_last_token(make_user_llm, dataset, stored):
+@pytest.mark.parametrize("events", [0, 2])  # of the history as text, which is read before
+def test_explained_weights_are_of_the_prompts_last_token(make_user_llm, dataset, stored, events):
     plain_attention = CrossAttentionConfig(heads=2, head_width=8, recency=False)
-    model = make_user_llm(layers="last:1", cross_attention=plain_attention)
+    text = HistoryTextConfig(events=events)
+    model = make_user_llm(layers="last:1", cross_attention=plain_attention, text=text)
     block, seen = model.attachment.blocks[3], []
     hook = block.register_forward_pre_hook(lambda _block, args: seen.append(args))
     attended = model.explain(dataset.history(7, 0, 4))
     hook.remove()
-    hidden, keys, _, mask = seen[0]
+    hidden, keys, _, mask = seen[-1]
     query = block.query(block.text_norm(hidden[0, -1])).view(2, 8)
     logits = torch.einsum("hd,hmd->hm", query, keys[0]) / 8**0.5
     expected = torch.softmax(logits[:, mask[0]], -1).mean(0).tolist()
     assert [a.weight for a in attended] == pytest.approx(expected, abs=1e-5)
+
+
+def test_many_users_are_answered_some_at_a_time(model, dataset, monkeypatch):
+    histories = [dataset.history(user) for user in range(5)]
+    expected, told = model.recommend(histories, 3), model.score(histories, ["m0", "m3"])
+    at_once = []
+    original = type(model).users
+    monkeypatch.setattr(
+        type(model), "users", lambda self, who: at_once.append(len(who)) or original(self, who)
+    )
+    monkeypatch.setattr(userllm.model, "_USERS", 2)
+    for mine, whole in zip(model.recommend(histories, 3), expected, strict=True):
+        assert plain(mine) == plain(whole)
+        assert scores(mine) == pytest.approx(scores(whole), abs=1e-4)
+    torch.testing.assert_close(model.score(histories, ["m0", "m3"]), told, atol=1e-4, rtol=1e-4)
+    assert at_once == [2, 2, 1] * 2
+
+
+def test_in_double_precision_answers_are_the_same(make_user_llm, dataset):
+    model = make_user_llm(catalogue=CatalogueConfig(tokens=2))
+    histories = [dataset.history(7), UserHistory([])]
+    before, listed = model.score(histories), model.recommend(histories, 3)
+    model.double()
+    torch.testing.assert_close(model.score(histories).float(), before, atol=1e-4, rtol=1e-4)
+    assert [plain(one) for one in model.recommend(histories, 3)] == [plain(one) for one in listed]
+
+
+def test_a_tokenizer_that_ends_prompts_does_not_end_them_here(make_user_llm, tiny_lm, dataset):
+    """What stood behind the end of a text would be another text."""
+    ready, models = make_user_llm(), []
+    for ends in (False, True):
+        lm, tokenizer = tiny_lm("llama")
+        tokenizer = copy.deepcopy(tokenizer)
+        if ends:
+            end = (tokenizer.eos_token, tokenizer.eos_token_id)
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"$A {end[0]}", special_tokens=[end]
+            )
+        assert (tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id) == ends
+        torch.manual_seed(0)
+        models.append(
+            UserLLM(
+                lm,
+                tokenizer,
+                ready.encoder,
+                ready.config,
+                ready.tasks,
+                ready.collator,
+                ready.reference,
+                "enc",
+            ).eval()
+        )
+    history = dataset.history(7)
+    listed = [scores(model.recommend(history, 3)) for model in models]
+    assert listed[0] == pytest.approx(listed[1], abs=1e-5)
+    for user in (history, None):
+        said = [model.generate("Say:", user, max_new_tokens=5) for model in models]
+        assert said[0] == said[1]
+
+
+def test_an_lm_whose_word_embeddings_are_narrow_takes_soft_prompts(make_user_llm, tiny_lm, dataset):
+    """OPT-350m projects them to its width."""
+    ready, tokenizer = make_user_llm(), tiny_lm("opt")[1]
+    narrow = OPTConfig(
+        vocab_size=len(tokenizer), word_embed_proj_dim=16, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    fusion = FusionConfig(kind="soft_prompt", events=5)
+    model = UserLLM(
+        OPTForCausalLM(narrow), tokenizer, ready.encoder, fusion, ready.tasks, ready.collator, ready.reference,
+        "enc",
+    ).eval()  # fmt: skip
+    model.check_head()
+    history = dataset.history(7)
+    [best, *_] = model.recommend(history, 3)
+    assert float(model.score(history, [best.item])) == pytest.approx(best.log_likelihood, abs=1e-4)
+
+
+def test_a_chat_ends_where_the_lm_says_a_turn_ends(make_user_llm, dataset, monkeypatch):
+    """Chat models name their end of turn beside the end of text, in generation_config alone."""
+    model = make_user_llm()
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.chat_template = "{{ messages[0].content }}"
+    model.lm.generation_config.eos_token_id = [7, 9]
+    generate, ends = model.lm.generate, []
+
+    def told(**arguments):
+        ends.append(arguments["generation_config"].eos_token_id)
+        return generate(**arguments)
+
+    monkeypatch.setattr(model.lm, "generate", told)
+    for chat in (True, False):
+        model.generate("Say:", dataset.history(7), max_new_tokens=2, chat=chat)
+    own = model.tokenizer.eos_token_id
+    assert ends == [[own, 7, 9], own]
 
 
 def test_a_perceiver_cannot_be_explained(make_user_llm, dataset):

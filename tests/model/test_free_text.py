@@ -266,3 +266,21 @@ def test_a_text_without_repeats_has_none(make_user_llm, users):
 
     assert any(len(set(one)) < len(one) for one in pairs(plain))
     assert plain != without
+
+
+@every_variant
+def test_a_language_model_in_bfloat16(make_user_llm, users, variant):
+    model = model_of(make_user_llm, variant, dtype="bfloat16")
+    context = users(model)
+    nll, tokens = model.text_losses(PROMPTS, TARGETS, context)
+    assert nll.isfinite().all() and (nll > 0).all() and tokens.dtype == torch.long
+    assert len(model.write_texts(PROMPTS, context, TextDecoding(max_new_tokens=3))) == 3
+
+
+def test_users_are_one_for_all_or_one_for_each(make_user_llm, users):
+    model = make_user_llm()
+    two = users(model).select(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 users for 3 prompts"):
+        model.write_texts(PROMPTS, two, TextDecoding(max_new_tokens=2))
+    with pytest.raises(ValueError, match="2 users for 3 prompts"):
+        model.text_losses(PROMPTS, TARGETS, two)

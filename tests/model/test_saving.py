@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,18 @@ def test_saving_replaces_a_model_and_nothing_else(make_user_llm, dataset, tmp_pa
             first.save_pretrained(target)
     assert behaviour(UserLLM.from_pretrained(folder), dataset) == behaviour(second, dataset)
     assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    rename = Path.rename
+
+    def not_twice(self, target):
+        if Path(target) == folder and "replaced" not in self.parts:
+            raise OSError("Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", not_twice)
+    with pytest.raises(OSError, match="busy"):
+        first.save_pretrained(folder)
+    assert behaviour(UserLLM.from_pretrained(folder), dataset) == behaviour(second, dataset)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "photos", "empty"}
     behaviour(first, dataset)  # a failed save leaves the model fused
 

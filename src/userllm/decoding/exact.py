@@ -78,7 +78,7 @@ def score_answers(
         scores = scores[:, rows] + log_p.view(users, each)
         ended = tree.child_count[children] == 0 if whole else tree.is_single(children)
         end, go_on = leads[children] & ended, leads[children] & ~ended
-        found[:, place[tree.order[tree.low[children[end]]]]] = scores[:, end]
+        found[:, place[tree.order[tree.low[children[end]]]]] = scores[:, end].to(found)
         if bool(go_on.any()):
             waiting.append(_Waiting(state, len(nodes), rows[go_on], children[go_on], scores[:, go_on]))
 
