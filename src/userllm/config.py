@@ -68,8 +68,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise UserError for settings out of range, or that cannot go together, before any work is done."""
         check_ranges(self)
-        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+        if not _plain(self.name):
             raise UserError(f"name is {self.name!r}; give the plain name of a folder, it will be runs/<name>")
+        for name in self.tasks:
+            if not _plain(name):
+                raise UserError(
+                    f"tasks: {name!r} is a task's name; give a plain one, files are called after it"
+                )
         if self.data.release is None and self.data.folder is None and self.data.table is None:
             raise UserError(
                 "data: give release (movielens-1m, ...), folder (a prepared dataset) or table (your own)"
@@ -109,3 +114,8 @@ class RunConfig:
                 raise UserError(
                     f"pretrain.batch.events {batch.events} cannot hold one history of {longest} events"
                 )
+
+
+def _plain(name: str) -> bool:
+    """Whether a file or folder can have this name, without leading elsewhere."""
+    return name not in ("", ".", "..") and Path(name).name == name

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import polars as pl
 import torch
 
+from userllm.data.build import known_by_id
 from userllm.data.collation import HistoryCollator
 from userllm.data.vocabulary import Vocabulary
 from userllm.encoders import AutoregressiveEncoder, UserEncoder
@@ -25,36 +26,39 @@ ITEM_TABLE = "features.tables.item.weight"
 
 @dataclass(frozen=True)
 class Growth:
-    """How many items are new, and how many of them the model now knows through their titles."""
+    """How many items are new, and how many of them the model now knows through their titles.
+
+    described: items the model was trained on by their id alone and the dataset describes by now.
+    """
 
     new: int
     known: int
+    described: int = 0
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"{self.new:,} new items: {self.known:,} known through their titles, "
             f"{self.new - self.known:,} read as unknown"
         )
+        if self.described:
+            told += f"; {self.described:,} described by now keep the ids that the model knows them by"
+        return told
 
 
 @torch.no_grad()
 def grow(model: UserLLM, items: pl.DataFrame) -> tuple[UserLLM, Growth]:
-    """The model with the catalogue ``items``: its own items first, in their order, then new ones.
+    """The model with the catalogue ``items``: its own items first, in their order and as it knows them, then new ones.
 
     The weights and the language model are shared with ``model``, which must not be used any more where there is
     something to take in. Raises UserError where the catalogue is not the model's with items added.
     """
     own = model.collator.items
-    for column in own.columns:
-        if column not in items.columns or not items[column].head(len(own)).equals(own[column]):
-            raise UserError(
-                f"the catalogue's column {column!r} does not begin with the model's {len(own)} items; only a "
-                "dataset that grew by `userllm data append` fits"
-            )
+    described = _described(own, items)
     new = len(items) - len(own)
     if new == 0 or model.text_start is None or not isinstance(model.encoder, AutoregressiveEncoder):
-        return model, Growth(new, 0)
-    items = items.select(own.columns)
+        return model, Growth(new, 0, described)
+    # what was trained under an id stays under it: another title would be another answer, read for another embedding
+    items = pl.concat([own, items.select(own.columns)[len(own) :]], how="vertical_relaxed")
     titles = items["title"].to_list()[len(own) :]
     with model.attachment.detached():
         vectors = text_embeddings(model.lm, model.tokenizer, titles, model.encoder.config.item_text)
@@ -82,7 +86,26 @@ def grow(model: UserLLM, items: pl.DataFrame) -> tuple[UserLLM, Growth]:
         weight.copy_(weights[name])
     grown.text_start, grown.run = model.text_start, model.run
     grown.requires_grad_(False)
-    return grown.eval(), Growth(new, new)
+    return grown.eval(), Growth(new, new, described)
+
+
+def _described(own: pl.DataFrame, items: pl.DataFrame) -> int:
+    """How many of the model's ``own`` items were known by their id alone and are described in ``items``.
+
+    Raises UserError where ``items`` does not begin with the model's items, otherwise unchanged.
+    """
+    begin, bare = items.head(len(own)), own.select(known_by_id(own)).to_series()
+    described = bare & ~bare
+    for column in own.columns:
+        fits = column in items.columns and len(begin) == len(own)
+        changed = begin[column].ne_missing(own[column]) if fits else None
+        if changed is None or (changed if column in ("item", "id") else changed & ~bare).any():
+            raise UserError(
+                f"the catalogue's column {column!r} does not begin with the model's {len(own)} items; only a "
+                "dataset that grew by `userllm data append` fits"
+            )
+        described |= changed
+    return int(described.sum())
 
 
 def _grown_encoder(encoder: AutoregressiveEncoder, vocabulary: Vocabulary, rows: torch.Tensor) -> UserEncoder:

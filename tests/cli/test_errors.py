@@ -130,6 +130,7 @@ def test_a_user_without_events(userllm, finished, tmp_path):
         ("pretrain.batch.events=3", "pretrain.batch.events 3"),
         ("tasks={}", "tasks: give at least one task"),
         ("name=../demo", "name is '../demo'"),
+        ("tasks={a/b: {}}", "tasks: 'a/b' is a task's name; give a plain one"),
         ("data.release=null", "data: give release"),
         ("pretrain.epcohs=3", "'pretrain' does not accept option 'epcohs'"),
         ("pretrain.epochs=many", "\"pretrain.epochs\": Expected a <class 'float'>. Got value: many"),

@@ -172,6 +172,44 @@ def test_the_shipped_configuration_for_a_table_of_ones_own(userllm, tmp_path):
     assert asked.code == 0 and "Thing " in asked.out
 
 
+def test_a_catalogue_in_another_order_and_one_that_grew(userllm, tmp_path):
+    """Trained rows belong to the items of one order; items that were known by their id alone may be described."""
+    rows = [f"u{n % 5},i{(n * n + n // 5) % 9},{n}" for n in range(60)]
+    (tmp_path / "events.csv").write_text("\n".join(["user,item,time", *rows]))
+    known = [f"i{n},Thing {n},{'tools' if n % 2 else 'toys'}" for n in range(8)]  # i8 is not described
+    table = ["table", "--path", "events.csv", "--user", "user", "--item", "item", "--time", "time"]
+    table += ["--items", "items.csv", "--item-key", "item", "--title", "title", "--category", "category"]
+
+    def prepare(items):
+        (tmp_path / "items.csv").write_text("\n".join(["item,title,category", *items]))
+        said = userllm("data", "prepare", *table, "--out", "d", cwd=tmp_path)
+        assert said.code == 0, said.err
+
+    prepare(known)
+    here = [CONFIG, *SMALL, "encoder.item_start=text", "data={folder: d, fields: [item, category]}"]
+    said = userllm("contextualize", *here, cwd=tmp_path)
+    assert said.code == 0, said.err
+    prepare(known[::-1])
+    said = userllm("run", *here, "evaluation.batch=7", cwd=tmp_path)
+    assert "d: has changed since this run began; start a run of another name" in said.error
+    prepare(known)
+    (tmp_path / "items.csv").write_text("item,title,category\ni8,Thing 8,toys\ni9,Thing 9,tools\n")
+    (tmp_path / "more.csv").write_text("user,item,time\nu1,i9,99\n")
+    assert userllm("data", "append", "d", "more.csv", "--items", "items.csv", cwd=tmp_path).code == 0
+    said = userllm("grow", "runs/own-table", "--data", "d", "--out", "grown", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert "1 new items: 1 known through their titles, 0 read as unknown" in said.out
+    assert "1 described by now keep the ids that the model knows them by" in said.out
+    prepare(known)
+    for file in ("d/card.json", "runs/own-table/dataset.json"):  # as an older userllm wrote them
+        told = json.loads((tmp_path / file).read_text())
+        assert told.pop("catalogue")
+        (tmp_path / file).write_text(json.dumps(told))
+    assert Dataset.open(tmp_path / "d").card.catalogue is None
+    said = userllm("pretrain", *here, cwd=tmp_path)
+    assert said.code == 0 and said.out.count("skipped") == 2
+
+
 def test_the_shipped_configuration_without_its_files(userllm, tmp_path):
     assert "events.csv" in userllm("run", CONFIG, *SMALL, cwd=tmp_path).error
 

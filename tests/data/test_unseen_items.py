@@ -1,5 +1,7 @@
 """Items kept from training: who is asked has events of these alone, who trains has none of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def test_a_share_of_the_items_by_a_hash_of_their_ids():
     assert fifth < {item for item in ids if unseen(item, 0.4)}  # a larger share keeps what the smaller had
 
 
-def test_events_come_apart_and_none_is_lost(dataset, tmp_path):
+def test_events_come_apart_and_none_is_lost(dataset, tmp_path, monkeypatch):
     moved = apart(dataset, 0.4, tmp_path / "apart")
     secret = {item for item, kept in zip(dataset.item_ids, unseen_items(dataset, 0.4), strict=True) if kept}
     assert 0 < len(secret) < len(dataset.item_ids)
@@ -31,6 +33,10 @@ def test_events_come_apart_and_none_is_lost(dataset, tmp_path):
     written = (moved.folder / "card.json").stat().st_mtime_ns
     again = apart(dataset, 0.4, tmp_path / "apart")
     assert (again.folder / "card.json").stat().st_mtime_ns == written
+    # prepared anew, from items in another order
+    monkeypatch.setattr(dataset, "card", replace(dataset.card, catalogue="0" * 64))
+    anew = apart(dataset, 0.4, tmp_path / "apart")
+    assert (anew.folder / "card.json").stat().st_mtime_ns > written
     other = apart(dataset, 0.2, tmp_path / "apart")
     assert other.card.fingerprint != again.card.fingerprint
 

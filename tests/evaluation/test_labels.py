@@ -72,6 +72,19 @@ def test_weighted_scores_are_scikit_learns_with_intervals_around_them():
     assert [tuple(vars(e).values()) for e in perfect.values()] == [pytest.approx((1, 1, 1))] * 3
 
 
+def test_a_single_label_is_not_two_classes():
+    items = pl.DataFrame({"id": ["a"], "title": ["A"], "genres": [["X"]]})
+    task = build_task("g", TaskConfig(kind="genre_preference"), items)
+    assert isinstance(task, GenrePreference)
+    scores, targets, texts = LabelScores(task), ["X", "X", "X", ""], ["X", "X", "", "X"]
+    third = pytest.approx(2 / 3)
+    assert scores.table(targets, texts) == {
+        "X": {"precision": third, "recall": third, "f1": third, "support": 3, "named": 3}
+    }
+    found = scores(targets, texts)
+    assert [found[name].value for name in ("precision", "recall", "f1")] == [third] * 3
+
+
 def test_a_lead_in_weighted_f1_is_of_the_same_users_with_their_texts_added_up():
     rng = np.random.default_rng(0)
     true = rng.random((300, 3)) < [0.7, 0.4, 0.1]

@@ -1,9 +1,11 @@
 """The reader that tells ratings from texts, and its correlation against scipy's."""
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
+from userllm.data import FieldSpec, Source, SplitConfig, write_dataset
 from userllm.evaluation.rating_agreement import RatingReader, rank_correlation
 
 GOOD, BAD = "loved it so many compliments", "hated it sent it back"
@@ -30,3 +32,23 @@ def test_texts_that_sound_like_their_rating_agree_with_it():
     assert measure([], [GOOD, BAD, GOOD, BAD, GOOD])["rating_agreement"].value == pytest.approx(1)
     assert measure([], [BAD, GOOD, BAD, GOOD])["rating_agreement"].value == pytest.approx(-1)
     assert measure([], ["", "", ""])["rating_agreement"].value == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "word{}"], ids=["no texts", "no word twice"])
+def test_too_few_texts_make_no_reader(tmp_path, text):
+    events = [(n // 5, 0, n, 1 + n % 5, text.format(n)) for n in range(20)]
+    dataset = write_dataset(
+        tmp_path / "shop",
+        pl.DataFrame(events, schema=["user", "item", "time", "rating", "body"], orient="row"),
+        pl.DataFrame({"id": ["a"], "title": ["A"]}),
+        pl.DataFrame({"id": list("uvwx")}),
+        name="shop",
+        source=Source("made", "a test", "none", "0" * 64, "path"),
+        fields=[
+            FieldSpec("item", "event", "single"),
+            FieldSpec("rating", "event", "single"),
+            FieldSpec("body", "event", "text"),
+        ],
+    )
+    split = SplitConfig(min_events=3).build(dataset)
+    assert RatingReader.of_training_events(dataset, split, "body", "rating") is None

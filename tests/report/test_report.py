@@ -12,7 +12,7 @@ from userllm.errors import UserError
 from userllm.evaluation.metrics import Estimate
 from userllm.report import figures, html, markdown, write_report
 from userllm.report.figures import bars, data_uri, draw, gate_bars, training_curves
-from userllm.report.record import read_run
+from userllm.report.record import SHOWN_TEXTS, read_run
 from userllm.report.wording import duration, gain, interval, number, standing, summary
 
 SECTIONS = ["summary", "task-next_item", "task-favorite_genre", "users", "attention", "training", "gates"]
@@ -225,6 +225,21 @@ def test_optional_parts_are_left_out_with_a_line(synthetic_run):
     assert len(page.images) == 3
     assert "can be neither supported nor refuted" in page.text["summary"]
     assert (synthetic_run / "report.md").read_text(encoding="utf-8").count("left out") == 7
+
+
+def test_a_text_may_hold_any_sign_that_ends_a_line_elsewhere(synthetic_run):
+    said = {
+        "user": "u",
+        "prompt": "Write:",
+        "target": "one\u2028two\u0085three",
+        "user_llm greedy": "a\u2029b",
+    }
+    (synthetic_run / "texts").mkdir()
+    line = json.dumps(said, ensure_ascii=False) + "\n"
+    (synthetic_run / "texts" / "next_item.jsonl").write_text(line * 12, encoding="utf-8")
+    [task] = [task for task in read_run(synthetic_run).tasks if task.name == "next_item"]
+    assert len(task.written) == SHOWN_TEXTS
+    assert "three" in task.written[-1].target
 
 
 def test_unknown_systems_and_tasks_are_shown_under_their_own_names(synthetic_run):

@@ -57,6 +57,25 @@ def test_prompts_tell_of_the_event_that_is_written_about(shop):
     ]
 
 
+def test_a_prompt_says_how_a_number_is_written(shop):
+    [first, *_] = ask(review(shop, "{rating:.1f} {year:,} {title!r} {title:>12} {{so}}:"), shop)
+    assert first is not None and first.prompt == "5.0 1,995 'Heat {1995}'  Heat {1995} {so}:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("About {title", r"prompt 'About \{title': .*; write \{\{ for a plain \{"),
+        ("About }", r"prompt 'About \}': .*; write"),
+        ("{title:.1f}", r"task review: prompt: \{title\} cannot be written as '\.1f'"),
+        ("{rating!x}", r"task review: prompt: \{rating\} cannot be written as"),
+    ],
+)
+def test_a_prompt_that_cannot_be_filled_in(shop, prompt, message):
+    with pytest.raises(UserError, match=message):
+        ask(review(shop, prompt), shop)
+
+
 def test_the_text_written_last_can_be_copied(shop):
     copied = review(shop).copied(shop, np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 1, 2]))
     assert copied == ["", "Good film.", "Good film.", "", "So, so"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from userllm.data.titles import distinct_titles
 from userllm.errors import UserError
-from userllm.tasks import FavoriteCategory, NextItem, TaskConfig, build_task
+from userllm.tasks import FavoriteCategory, GenrePreference, NextItem, TaskConfig, build_task
 
 
 def examples(dataset):
@@ -67,6 +67,16 @@ def test_favorite_category_of_a_single_valued_field(dataset):
     item = dataset.events["item"][dataset.offsets[users] + ends - 1]
     expected = [task.answers.index(v) if (v := items["studio"][int(i)]) else -1 for i in item]
     assert task.targets(dataset, users, ends, 1).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [pl.Int32, pl.Float64])
+def test_numbers_are_answers_as_texts_in_their_order(dataset, dtype):
+    """The order of the encoder's vocabulary, by which the exact answer is counted."""
+    items = dataset.items.with_columns(hall=pl.Series([10, 9, None, 2] * 5, dtype=dtype))
+    task = build_task("hall", TaskConfig(kind="favorite_category", field="hall"), items)
+    assert isinstance(task, FavoriteCategory) and task.answers == ["2", "9", "10"]
+    liked = build_task("hall", TaskConfig(kind="genre_preference", field="hall"), items)
+    assert isinstance(liked, GenrePreference) and liked.read("9, 2")[0].sum() == 2
 
 
 def test_next_item_answers_are_distinct_and_in_catalogue_order(dataset):

@@ -140,7 +140,7 @@ def open_user_side(folder: Path, lm: str | None) -> UserSide:
 def read_users(file: Path) -> list[str]:
     """Raw ids, one per line; empty lines do not count. Raises UserError where there is no such file, or no id in it."""
     try:
-        users = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        users = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--users {file}: cannot be read ({error})") from error
     if not any(users):

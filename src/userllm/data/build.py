@@ -22,6 +22,7 @@ from userllm.data.columns import (
     BLOCK,
     Texts,
     TextWriter,
+    catalogue_hash,
     distinct,
     fingerprint,
     read_column,
@@ -160,7 +161,7 @@ class DatasetBuilder:
         """See ``add_items``; all of ``items`` are there."""
         assert self.items is not None
         old = self.items.with_row_index("place")
-        bare = old.filter(_known_by_id(self.items)).select("place", "id")
+        bare = old.filter(known_by_id(self.items)).select("place", "id")
         told = bare.join(items, on="id")
         kept = old.filter(~pl.col("place").is_in(told["place"].implode()))
         self.items = pl.concat([kept, told], how="diagonal_relaxed").sort("place").drop("place")
@@ -286,6 +287,7 @@ class DatasetBuilder:
             time=time,
             recipe=recipe,
             notes=tuple(notes or ()),
+            catalogue=catalogue_hash(items),
         )
         if self._grown is not None:
             check_unchanged(self.folder, self._grown)
@@ -311,7 +313,7 @@ class DatasetBuilder:
         self.counts = RowCounts(counts.read, counts.kept - rows, counts.rejected, filtered)
 
 
-def _known_by_id(items: pl.DataFrame) -> pl.Expr:
+def known_by_id(items: pl.DataFrame) -> pl.Expr:
     """Of the item table: rows that say nothing of an item but its id."""
     others = [name for name in items.columns if name not in ("item", "id", "title")]
     nothing = [
@@ -325,5 +327,5 @@ def _known_by_id(items: pl.DataFrame) -> pl.Expr:
 
 def _undescribed(items: pl.DataFrame) -> list[str]:
     """A note of items with events that the catalogue says nothing of."""
-    bare = len(items.filter(_known_by_id(items)))
+    bare = len(items.filter(known_by_id(items)))
     return [f"{bare:,} of {len(items):,} items are known by their id alone"] if bare else []

@@ -75,7 +75,8 @@ class DatasetCard:
 
     files: the folder of the data beside card.json. time: how the times were read. recipe: the settings of
     ``prepare table``, which ``append`` reads new rows with; None of other sources. notes: what else has to be known of
-    the data, each a sentence.
+    the data, each a sentence. catalogue: sha256 of the item table, of which the fingerprint knows titles alone; None
+    of datasets that an older userllm made.
     """
 
     format_version: int
@@ -95,6 +96,7 @@ class DatasetCard:
     time: str
     recipe: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    catalogue: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ Events are sorted by user, so no column holds the user: ``offsets[u]:offsets[u +
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import polars as pl
 
 BLOCK = 1 << 22
 """Rows that are looked at together where a whole column is read."""
@@ -149,6 +151,15 @@ def fingerprint(
                     digest.update(len(raw).to_bytes(4, "little") + raw)
             else:
                 digest.update(np.ascontiguousarray(column[start:stop]).data)
+    return digest.hexdigest()
+
+
+def catalogue_hash(items: pl.DataFrame) -> str:
+    """sha256 of the item table as it stands: the items in their order, with their ids, titles and every item field."""
+    digest = hashlib.sha256(b"catalogue v1")
+    for name in sorted(items.columns):
+        for block in items.select(name).iter_slices():
+            digest.update(json.dumps([name, block[name].to_list()], default=str).encode())
     return digest.hexdigest()
 
 

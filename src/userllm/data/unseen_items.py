@@ -34,7 +34,9 @@ def apart(dataset: Dataset, share: float, folder: Path) -> Dataset:
     """The dataset with everybody's events of unseen items apart, in ``folder``; what was made of the same one before
     is used again."""
     what = f"{dataset.card.name}, {share:g} of the items apart"
-    source = Source("unseen items", what, "", dataset.card.fingerprint, "")
+    card = dataset.card
+    parts = (card.fingerprint, card.catalogue) if card.catalogue else ()
+    source = Source("unseen items", what, "", card.fingerprint, "", parts)
     if (folder / "card.json").is_file() and (made := Dataset.open(folder)).card.source == source:
         return made
     owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)

@@ -243,12 +243,10 @@ class ClosedEvaluator:
         if users.prefix is not None:  # the prefix begins with the prompt's own opening tokens
             read += (users.prefix.mask.sum(1) - len(self.model.opening)).cpu().numpy()
         target = targets.to(device)
-        excluded = None
+        excluded = self.excluded(name, rows, targets)
         possible = torch.full((len(target),), length)
-        if isinstance(task, NextItem) and self.config.exclude_seen:
-            excluded = seen_items(self.dataset, rows).to(device)
-            # a repeated item still has to be found, as in rank_of
-            excluded.scatter_(1, target[:, None], False)
+        if excluded is not None:
+            excluded = excluded.to(device)
             possible = (~excluded).sum(1).clamp_max(length)
         found = self.model.rank_answers(name, users, length, self.config.beams, excluded)
         hit = found.answers == target[:, None]
@@ -262,6 +260,14 @@ class ClosedEvaluator:
             "invalid": np.array(invalid),
             "prompt_tokens": read,
         }
+
+    def excluded(self, name: str, rows: np.ndarray, targets: Tensor) -> Tensor | None:
+        """[B, N] bool: answers that no system may give users ``rows``, whose right answers are ``targets`` [B]; None
+        where every answer may be given."""
+        if not (isinstance(self.model.closed_tasks[name], NextItem) and self.config.exclude_seen):
+            return None
+        # a repeated item still has to be found, as in rank_of
+        return seen_items(self.dataset, rows).scatter_(1, targets[:, None], False)
 
     def _fixed(
         self, task: ClosedTask, scores: Tensor, rows: np.ndarray, targets: Tensor, log_p: Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
@@ -52,10 +52,10 @@ class LabelScores:
     def table(self, targets: Sequence[str], texts: Sequence[str]) -> dict[str, dict[str, float]]:
         """Per label its precision, recall, F1, and how many users have it (support) and were given it (named)."""
         true, named = self.read(targets)[0], self.read(texts)[0]
-        scores: Any = precision_recall_fscore_support(true, named, average=None, zero_division=0)  # type: ignore[arg-type]
+        scores = _of_labels(true, named, None)
         return {
             label: {
-                **{name: float(values[n]) for name, values in zip(NAMES, scores, strict=False)},
+                **{name: float(values[n]) for name, values in zip(NAMES, scores, strict=True)},
                 "support": int(true[:, n].sum()),
                 "named": int(named[:, n].sum()),
             }
@@ -114,12 +114,19 @@ def weighted_scores(
     true: np.ndarray, named: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Estimate]:
     """Weighted precision, recall and F1 of labels [n, L], with 95 % percentile intervals from resampled users."""
-    values: Any = precision_recall_fscore_support(true, named, average="weighted", zero_division=0)[:3]  # type: ignore[arg-type]
+    values = _of_labels(true, named, "weighted")
     resampled = LabelCounts.of(true, named).scores(_resampled(len(true), resamples, seed))
     return {
         name: _estimate(float(value), drawn)
         for name, value, drawn in zip(NAMES, values, resampled, strict=True)
     }
+
+
+def _of_labels(true: np.ndarray, named: np.ndarray, average: Literal["weighted"] | None) -> Any:
+    """Precision, recall and F1 of labels [n, L]."""
+    # a single column would be read as two classes, True and False
+    classes = [True] if true.shape[1] == 1 else None
+    return precision_recall_fscore_support(true, named, labels=classes, average=average, zero_division=0)[:3]  # type: ignore[arg-type]
 
 
 def weighted_f1(

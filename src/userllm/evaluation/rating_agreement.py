@@ -33,15 +33,20 @@ class RatingReader:
     @classmethod
     def of_training_events(
         cls, dataset: Dataset, split: Split, field: str, rating: str, most: int = 40_000, seed: int = 0
-    ) -> RatingReader:
-        """Trained on the text field ``field`` of the events the split gives to training, or ``most`` of them."""
+    ) -> RatingReader | None:
+        """Trained on the text field ``field`` of the events the split gives to training, or ``most`` of them; None
+        where these are too few to learn from: no word stands in two of them."""
         first = dataset.offsets[split.users]
         rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, split.train_end, strict=True)])
         if len(rows) > most:
             rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
         texts = dataset.event_texts(field, rows.tolist())
         kept = np.array([bool(text) for text in texts])
-        return cls([text for text in texts if text], np.asarray(dataset.events[rating][rows])[kept])
+        ratings = np.asarray(dataset.events[rating][rows])[kept]
+        try:
+            return cls([text for text in texts if text], ratings)
+        except ValueError:  # scikit-learn's, of an empty vocabulary
+            return None
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The ratings [n] that the texts sound like."""

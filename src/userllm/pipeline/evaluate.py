@@ -21,11 +21,14 @@ from userllm.evaluation.rating_agreement import RatingReader
 from userllm.evaluation.text_metrics import distinct, length, rouge
 from userllm.events import UserHistory
 from userllm.language_models.pretrained import load
-from userllm.model import Recommendation, UserLLM
+from userllm.model import UserLLM
 from userllm.model_card import add_to_description
 from userllm.pipeline.facts import run_facts
 from userllm.pipeline.stages import say, write
 from userllm.tasks import GenrePreference, OpenTask, Review
+
+SHOWN = 5
+"""Answers of an example, on each side."""
 
 
 class Evaluation:
@@ -34,14 +37,11 @@ class Evaluation:
     def __init__(self, folder: Path, config: RunConfig, closed: ClosedEvaluator, texts: OpenEvaluator):
         self.folder, self.config, self.closed, self.texts = folder, config, closed, texts
         self.model: UserLLM = closed.model
+        self._notes: list[str] = []
 
     def ask(self) -> None:
         """Every task of every evaluated user; the answers stay in memory, texts go to texts/TASK.jsonl."""
         self._tasks = {name: self.closed.evaluate(name) for name in self.model.closed_tasks}
-        self._nobody = {
-            name: _best(self.model.closed_tasks[name].answers, self.closed.without_user[name])
-            for name in self._tasks
-        }
         entries, of_texts = self._ask_texts()
         self._tasks |= entries
         self._rows = pl.concat([self.closed.per_user(), *of_texts], how="diagonal")
@@ -51,7 +51,8 @@ class Evaluation:
         examples = [self._example(row) for row in self.closed.rows[:3]]
         write(self.folder / "examples.json", json.dumps(examples, indent=1, ensure_ascii=False))
         self._rows.write_parquet(self.folder / "per_user.parquet")
-        metrics = run_facts(self.folder, self.config, self.closed) | {"tasks": self._tasks}
+        metrics: dict[str, Any] = run_facts(self.folder, self.config, self.closed) | {"tasks": self._tasks}
+        metrics["notes"] += self._notes
         metrics["knowledge"] = self._knowledge()
         write(self.folder / "metrics.json", json.dumps(metrics, indent=1))
         results = {key: metrics[key] for key in ("tasks", "knowledge", "commit", "date", "hardware")}
@@ -98,29 +99,41 @@ class Evaluation:
             reader = RatingReader.of_training_events(
                 self.texts.dataset, self.texts.split, task.config.target, rating
             )
+            if reader is None:
+                self._notes.append(
+                    f"{task.name}: too few training texts to tell a rating from; no rating_agreement"
+                )
+                return metrics
             events = self.texts.dataset.offsets[texts.rows[:, 0]] + texts.rows[:, 2]
             metrics.append(reader.agreement(self.texts.dataset.events[rating][events]))
         return metrics
 
+    @torch.no_grad()
     def _example(self, row: np.ndarray) -> dict[str, Any]:
         """What one user is answered, with and without the user, and what was attended to."""
-        model, dataset = self.model, self.closed.dataset
+        model, dataset = self.model.eval(), self.closed.dataset
         user, start, stop = (int(x) for x in row)
         history: UserHistory = dataset.history(user, start, stop)
         target = dataset.history(user, stop, stop + 1).events[0]
         try:
-            task = "next_item" if "next_item" in model.closed_tasks else model.first_closed_task
-            weights = {id(a.event): a.weight for a in model.explain(history, task=task)}
+            asked = "next_item" if "next_item" in model.closed_tasks else model.first_closed_task
+            weights = {id(a.event): a.weight for a in model.explain(history, task=asked)}
         except UserError:
             weights = {}  # a Perceiver stands between, or nothing is asked: the report says that none were recorded
         window = self.closed.split.visible(model.window)
+        known = model.context(self.closed.stored.batch(row[None]).to(model.lm.device))
         answers = {}
-        for name, closed in model.closed_tasks.items():
-            truth = int(closed.targets(dataset, np.array([user]), np.array([stop]), window)[0])
+        for name, task in model.closed_tasks.items():
+            truth = torch.from_numpy(task.targets(dataset, row[None, 0], row[None, 2], window))
+            # both sides choose among the same answers, those that the evaluation lets them give
+            excluded = self.closed.excluded(name, row[None], truth)
+            allowed = None if excluded is None else excluded.to(model.lm.device)
+            k = min(SHOWN, len(task.answers))
+            found = model.rank_answers(name, known, k, max(k, self.config.evaluation.beams), allowed)
             answers[name] = {
-                "truth": closed.answers[truth] if truth >= 0 else None,
-                "with_user": [_answer(r) for r in model.recommend(history, 5, task=name)],
-                "without_user": self._nobody[name],
+                "truth": task.answers[int(truth)] if truth >= 0 else None,
+                "with_user": _listed(task.answers, found.answers[0], found.scores[0]),
+                "without_user": _best(task.answers, self.closed.without_user[name], excluded),
             }
         return {
             "user": dataset.user_ids[user],
@@ -150,12 +163,15 @@ class Evaluation:
         return knowledge_kept(model, users, original, config.knowledge_tokens)
 
 
-def _answer(recommendation: Recommendation) -> dict[str, Any]:
-    return {"text": recommendation.title, "log_likelihood": recommendation.log_likelihood}
+def _best(answers: list[str], scores: torch.Tensor, excluded: torch.Tensor | None) -> list[dict[str, Any]]:
+    """The best answers by scores [N], but for those that are ``excluded`` [1, N]."""
+    order = scores.argsort(descending=True, stable=True)
+    if excluded is not None:
+        order = order[~excluded[0, order]]
+    return _listed(answers, order[:SHOWN], scores[order[:SHOWN]])
 
 
-def _best(answers: list[str], scores: torch.Tensor) -> list[dict[str, Any]]:
-    """The five best answers by scores [N]."""
-    values, best = scores.topk(min(5, len(answers)))
-    pairs = zip(values.tolist(), best.tolist(), strict=True)
-    return [{"text": answers[n], "log_likelihood": value} for value, n in pairs]
+def _listed(answers: list[str], best: torch.Tensor, scores: torch.Tensor) -> list[dict[str, Any]]:
+    """Answers [k], best first, with their scores; -1 is none."""
+    pairs = zip(best.tolist(), scores.tolist(), strict=True)
+    return [{"text": answers[n], "log_likelihood": score} for n, score in pairs if n >= 0]

@@ -174,8 +174,9 @@ class Run:
 
     def _check_unchanged(self) -> None:
         """Raises UserError where a stage was begun with other data."""
-        now = self.dataset.card.fingerprint
-        if read_object(self.folder / "dataset.json", ANEW).get("fingerprint", now) == now:
+        used = read_object(self.folder / "dataset.json", ANEW)
+        # an older userllm wrote down no hash of the catalogue
+        if all(used.get(name) in (None, now) for name, now in _identity(self.dataset).items()):
             return
         if (self.folder / "pretrain").exists():
             raise UserError(
@@ -283,7 +284,7 @@ class Run:
 
     def _use(self, folder: Path) -> None:
         """This is the run's dataset, as it is now."""
-        used = {"folder": str(folder.resolve()), "fingerprint": Dataset.open(folder).card.fingerprint}
+        used = {"folder": str(folder.resolve()), **_identity(Dataset.open(folder))}
         write(self.folder / "dataset.json", json.dumps(used))
 
     def load_encoder(self) -> UserEncoder:
@@ -392,3 +393,8 @@ class Run:
                 f"{file} is not there yet; run the stage {stage!r} first (userllm {stage} CONFIG)"
             )
         return file
+
+
+def _identity(dataset: Dataset) -> dict[str, str | None]:
+    """Which data these are: the events, and the catalogue whose rows the trained weights belong to."""
+    return {"fingerprint": dataset.card.fingerprint, "catalogue": dataset.card.catalogue}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,9 @@ def _written(path: Path) -> list[Written]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:SHOWN_TEXTS], 1):
+    with open(path, encoding="utf-8") as lines:  # a text may hold what str.splitlines takes for a line's end
+        first = list(islice(filter(str.strip, lines), SHOWN_TEXTS))
+    for number, line in enumerate(first, 1):
         where = f"{path}, line {number}"
         try:
             record = _mapping(json.loads(line), where)

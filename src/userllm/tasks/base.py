@@ -16,6 +16,7 @@ import polars as pl
 
 from userllm.data.store import Dataset
 from userllm.data.titles import distinct_titles
+from userllm.data.vocabulary import value_text
 from userllm.errors import UserError
 from userllm.ranges import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 
@@ -143,7 +144,7 @@ class FavoriteCategory(ClosedTask):
         values = sorted({v for row in lists for v in row or () if v is not None})
         if not values:
             raise UserError(f"task {name}: no item has a {config.field}; leave this task out")
-        super().__init__(name, config, values)
+        super().__init__(name, config, [answer_text(value) for value in values])
         number = {value: i for i, value in enumerate(values)}
         of_item = [sorted({number[value] for value in row or () if value is not None}) for row in lists]
         # the values of item i are _values[_starts[i]:_starts[i + 1]]: there may be thousands of each
@@ -176,6 +177,11 @@ class FavoriteCategory(ClosedTask):
         targets = np.full(len(users), -1)
         targets[owner[best]] = found[best] % len(self.answers)
         return targets
+
+
+def answer_text(value: object) -> str:
+    """How a value of an item field is written in an answer."""
+    return value_text(value) if isinstance(value, float) else str(value)
 
 
 def _stretches(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import polars as pl
 
 from userllm.data.store import Dataset
 from userllm.errors import UserError
-from userllm.tasks.base import OpenTask, TaskConfig, TextExample
+from userllm.tasks.base import OpenTask, TaskConfig, TextExample, answer_text
 
 _SEPARATOR = re.compile(r"[,;\n]")
 
@@ -38,7 +38,8 @@ class GenrePreference(OpenTask):
             raise UserError(f"task {name}: share is in 0..1 and above 0, history at least 1")
         column = items[config.field]
         lists = column.to_list() if column.dtype == pl.List else [[value] for value in column.to_list()]
-        self.values = sorted({value for row in lists for value in row or () if value is not None})
+        lists = [[answer_text(value) for value in row or () if value is not None] for row in lists]
+        self.values = sorted({value for row in lists for value in row})
         for value in self.values:
             if _SEPARATOR.search(value) or value != value.strip().rstrip(".").strip():
                 raise UserError(
@@ -48,9 +49,8 @@ class GenrePreference(OpenTask):
         self._number = {value.casefold(): number for number, value in enumerate(self.values)}
         self._has = np.zeros((len(lists), len(self.values)), dtype=np.int32)
         for row, names in enumerate(lists):
-            for value in names or ():
-                if value is not None:
-                    self._has[row, self._number[value.casefold()]] = 1
+            for value in names:
+                self._has[row, self._number[value.casefold()]] = 1
 
     def examples(
         self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray

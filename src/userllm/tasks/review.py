@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,18 +16,21 @@ from userllm.tasks.base import OpenTask, TaskConfig, TextExample
 class Review(OpenTask):
     """The text that belongs to the event at position ``ends``, of which the prompt may tell item and rating.
 
-    The prompt is a template: {title} and the item's other fields, and the fields of the event itself ({rating}). White
-    space within a text counts as one space (ours). Raises UserError for a template that names anything else.
+    The prompt is a template: {title} and the item's other fields, and the fields of the event itself ({rating}), which
+    may say how a number is written ({rating:.1f}). White space within a text counts as one space (ours). Raises
+    UserError for a template that names anything else.
     """
 
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
         super().__init__(name, config)
-        self.places = [place for _, place, _, _ in Formatter().parse(config.prompt) if place is not None]
-        self._items = {
-            place: [_spelt(value) for value in items[place].to_list()]
-            for place in self.places
-            if place in items.columns
-        }
+        try:
+            self._parts = list(Formatter().parse(config.prompt))
+        except ValueError as error:
+            raise UserError(
+                f"task {name}: prompt {config.prompt!r}: {error}; write {{{{ for a plain {{"
+            ) from error
+        self.places = [place for _, place, _, _ in self._parts if place is not None]
+        self._items = {place: items[place].to_list() for place in self.places if place in items.columns}
 
     def examples(
         self, dataset: Dataset, users: np.ndarray, ends: np.ndarray, window: int | np.ndarray
@@ -34,24 +38,40 @@ class Review(OpenTask):
         """See the base class; users who wrote nothing there are not asked."""
         rows = dataset.offsets[users] + ends
         texts = dataset.event_texts(self.config.target, rows.tolist())
-        shown: dict[str, list[str]] = {}
+        shown: dict[str, list[Any]] = {}
         for place in self.places:
             if place in self._items:
                 shown[place] = [self._items[place][item] for item in dataset.events["item"][rows].tolist()]
             elif place in dataset.event_fields:
-                shown[place] = [_spelt(value) for value in dataset.events[place][rows].tolist()]
+                shown[place] = dataset.events[place][rows].tolist()
             else:
                 known = ", ".join(f"{{{name}}}" for name in [*dataset.items.columns, *dataset.event_fields])
                 raise UserError(f"task {self.name}: prompt: no {{{place}}}; there are {known}")
         prompts = [
-            self.config.prompt.format(**{place: values[n] for place, values in shown.items()})
-            for n in range(len(rows))
+            self._prompt({place: values[n] for place, values in shown.items()}) for n in range(len(rows))
         ]
         targets = [" ".join(text.split()) for text in texts]
         return [
             TextExample(prompt, target) if target else None
             for prompt, target in zip(prompts, targets, strict=True)
         ]
+
+    def _prompt(self, values: dict[str, Any]) -> str:
+        """The template with these values. Raises UserError where one cannot be written as the template says."""
+        text = []
+        for literal, place, how, conversion in self._parts:
+            text.append(literal)
+            if place is not None:
+                value = values[place]
+                try:
+                    value = value if how and value is not None else _spelt(value)
+                    text.append(format(Formatter().convert_field(value, conversion), how or ""))
+                except (ValueError, TypeError) as error:
+                    raise UserError(
+                        f"task {self.name}: prompt: {{{place}}} cannot be written as {how!r} ({error}); "
+                        f"leave that out: {{{place}}}"
+                    ) from error
+        return "".join(text)
 
     def copied(self, dataset: Dataset, users: np.ndarray, ends: np.ndarray) -> list[str]:
         """The text that the user wrote last."""

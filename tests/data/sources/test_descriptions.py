@@ -57,6 +57,13 @@ def test_one_clear_error(items, tmp_path, text, message):
         with_descriptions(items, tmp_path / "e.csv")
 
 
+@pytest.mark.parametrize("kind", ["100k", "recbole-100k"])
+def test_100k_has_numbers_of_its_own(release, tmp_path, kind):
+    (tmp_path / "d.csv").write_text(TABLE)
+    with pytest.raises(UserError, match=r"d\.csv: MovieLens-100K has numbers of its own"):
+        prepare_movielens(release(kind), tmp_path / "out", descriptions=tmp_path / "d.csv")
+
+
 def test_a_dataset_with_descriptions_has_the_events_of_one_without(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()

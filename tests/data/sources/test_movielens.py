@@ -1,4 +1,5 @@
 import csv
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -176,6 +177,31 @@ def test_missing_and_empty_files(kind, ratings, movies, release, tmp_path):
     with pytest.raises(UserError, match=r"no MovieLens release in it; expected u\.data with u\.item, "):
         prepare_movielens(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_releases_are_not_mixed(release, tmp_path):
+    """Ratings and catalogue come from one folder, and nobody has to guess from which."""
+    folder = tmp_path / "both"
+    for place in ("a", "b"):
+        shutil.copytree(release("dat"), folder / place)
+        (tmp_path / "raw-dat").rename(tmp_path / f"raw-{place}")
+    shutil.copytree(folder / "b", folder / "a" / "deeper")
+    with pytest.raises(UserError, match=r"several releases in it, with a/ratings\.dat and b/ratings\.dat"):
+        prepare_movielens(folder, tmp_path / "out")
+    (folder / "a" / "movies.dat").unlink()
+    assert prepare_movielens(folder, tmp_path / "out").card.fingerprint == TINY_FINGERPRINT  # all of b
+    shutil.rmtree(folder / "a" / "deeper")
+    (folder / "b" / "ratings.dat").unlink()
+    with pytest.raises(
+        UserError, match=r"a/ratings\.dat is there, movies\.dat is missing; give a complete copy"
+    ):
+        prepare_movielens(folder, tmp_path / "out")
+
+
+def test_a_genre_that_is_named_twice_counts_once(release, tmp_path):
+    folder = release("dat")
+    edit(folder / "movies.dat", 1, "1::Toy Story (1995)::Comedy|Animation|Comedy")
+    assert prepare_movielens(folder, tmp_path / "out").items["genres"].to_list()[0] == ["Comedy", "Animation"]
 
 
 def test_a_truncated_zip(release, tmp_path):

@@ -86,6 +86,7 @@ def test_every_form_gives_the_same_dataset(tmp_path, form):
         ({"rating": "ten"}, "row 2: rating is 'ten', not a number"),
         ({"item_id": None}, "row 2: item_id is missing"),
         ({"review_date": "2014-04-02"}, "review_date '2014-04-02' is not like"),
+        ({"review_text": "half \ud83d"}, "line 2: half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -95,6 +96,17 @@ def test_a_bad_row_is_named(tmp_path, change, message):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=message):
         prepare_rent_the_runway(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("rating", [float("nan"), float("inf"), "NaN"])
+def test_a_rating_that_is_no_finite_number_is_none(tmp_path, rating):
+    rows = records()
+    rows[1] |= {"rating": rating}
+    file = tmp_path / "rows.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = prepare_rent_the_runway(file, tmp_path / "out")
+    assert dataset.card.rows.filtered == {"reviews without a rating": 2}
+    assert np.isfinite(dataset.events["rating"]).all()
 
 
 def test_a_damaged_copy_is_named(tmp_path):

@@ -265,6 +265,18 @@ def test_events_are_sorted_by_more_than_seconds(tmp_path):
     assert [dataset.item_ids[n] for n in dataset.events["item"]] == ["soon", "late"]
 
 
+@pytest.mark.parametrize("unit", ["auto", "s"])
+def test_seconds_with_fractions_are_sorted_by_them(unit, tmp_path):
+    rows = [("u", "third", 1000.9, 1, ""), ("u", "second", "1000.2", 1, ""), ("u", "first", 1000, 1, "")]
+    for write in (write_csv, write_parquet):
+        if write is write_parquet:
+            rows = [(user, item, float(time), stars, words) for user, item, time, stars, words in rows]
+        file = write(tmp_path / f"log.{write.__name__.removeprefix('write_')}", rows)
+        dataset = prepare_table(replace(CONFIG, path=[str(file)], time_unit=unit), tmp_path / "out")
+        assert [dataset.item_ids[n] for n in dataset.events["item"]] == ["first", "second", "third"]
+        assert dataset.events["time"].tolist() == [1000] * 3
+
+
 def test_times_of_parquet(tmp_path):
     rows = [("u", "x", 86400, 1, ""), ("u", "y", 0, 1, "")]
     file = write_parquet(tmp_path / "log.parquet", rows)
@@ -308,6 +320,35 @@ def test_items(tmp_path):
         prepare_table(replace(CONFIG, path=[str(log)], items=known), tmp_path / "out")
 
 
+def test_titles_are_on_one_line_and_categories_are_told_once(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [("u", "x", 1, 1, ""), ("u", "y", 2, 1, "")])
+    items = tmp_path / "items.jsonl"
+    about = [
+        {"id": "x", "name": " The\n X ", "kinds": "b|a| b"},
+        {"id": "y", "name": " \t", "kinds": ["c", "c"]},
+    ]
+    items.write_text("\n".join(map(json.dumps, about)))
+    known = ItemsConfig(path=[str(items)], key="id", title="name", category="kinds")
+    dataset = prepare_table(replace(CONFIG, path=[str(log)], items=known), tmp_path / "out")
+    assert dataset.items["title"].to_list() == ["The X", "y"]
+    assert dataset.items["category"].to_list() == [["b", "a"], ["c"]]
+
+
+def test_the_card_knows_the_catalogue(tmp_path):
+    """Of the fingerprint alone a catalogue in another order, or with other categories, would be the same data."""
+    log = write_csv(tmp_path / "log.csv", [("u", "x", 1, 1, ""), ("u", "y", 2, 1, "")])
+    items = tmp_path / "items.csv"
+    known = ItemsConfig(path=[str(items)], key="id", title="name", category="kinds")
+    lines = ["x,X,a", "y,Y,b", "z,Z,c"]
+    cards = []
+    for told in (lines, lines, lines[::-1], ["x,X,a", "y,Y,other", "z,Z,c"]):
+        items.write_text("\n".join(["id,name,kinds", *told]))
+        cards.append(prepare_table(replace(CONFIG, path=[str(log)], items=known), tmp_path / "out").card)
+    assert len({card.fingerprint for card in cards}) == 1
+    assert cards[0].catalogue == cards[1].catalogue
+    assert len({card.catalogue for card in cards}) == 3
+
+
 def test_what_cannot_be_is_said(tmp_path):
     file = write_csv(tmp_path / "log.csv", [("u", "x", 1, 1, "")])
     cases = [
@@ -317,6 +358,7 @@ def test_what_cannot_be_is_said(tmp_path):
         ),
         ({"path": ["nowhere/*.csv"]}, "nowhere/*.csv: no such file"),
         ({"time_unit": "auto", "time": "words"}, "cannot tell how times like"),
+        ({"time_unit": "%d.%m.%Y %H"}, "--time-unit '%d.%m.%Y %H': no format of times"),
         ({"format": "parquet"}, f"{file} after row 0: cannot be read"),
     ]
     for change, message in cases:

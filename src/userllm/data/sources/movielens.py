@@ -112,6 +112,11 @@ def prepare_movielens(
         digest = aside(lambda: sha256_of(file)) if source is None else None
         items = read_movies(layout, movies)
         if descriptions is not None:
+            if layout.items == "u.item" or release == "movielens-100k" or movies.path.name == "ml-100k.item":
+                raise UserError(
+                    f"{descriptions}: MovieLens-100K has numbers of its own, by which these descriptions would go to "
+                    "other movies; leave them out, or take another release"
+                )
             items = with_descriptions(items, descriptions)
         builder.add_items(items)
         for events in read_ratings(layout, ratings, items, movies.label, builder.users, block_of(memory)):
@@ -163,32 +168,42 @@ def _unpacked(archive: zipfile.ZipFile, member: str, folder: Path, path: Path) -
 
 
 def match_layout(path: Path, names: list[str]) -> tuple[Layout, str, str]:
-    """The layout of the files, and the names of ratings and catalogue. Raises UserError where none is complete."""
+    """The layout of the files, and the names of ratings and catalogue: of those that lie in one folder the least deeply
+    nested. Raises UserError where no such pair is there, and where several are.
+    """
     half: str | None = None
+    found: list[tuple[Layout, str, str]] = []
     for layout in LAYOUTS:
         ratings, movies = _named(layout.ratings, names), _named(layout.items, names)
-        if ratings and movies:
-            return layout, ratings, movies
-        if ratings or movies:
-            half = (
-                half
-                or f"{ratings or movies} is there, {layout.items if ratings else layout.ratings} is missing"
-            )
+        found += [(layout, ratings[place], movies[place]) for place in ratings if place in movies]
+        if half is None and (ratings or movies):
+            there = min((ratings or movies).values(), key=_depth)
+            half = f"{there} is there, {layout.items if ratings else layout.ratings} is missing"
+    if found:
+        least = min(_depth(ratings) for _, ratings, _ in found)
+        fits = [one for one in found if _depth(one[1]) == least]
+        if len(fits) > 1:
+            several = " and ".join(ratings for _, ratings, _ in fits)
+            raise UserError(f"{path}: several releases in it, with {several}; give one alone")
+        return fits[0]
     if half:
-        raise UserError(f"{path}: {half}; give a complete copy of the release")
+        raise UserError(f"{path}: {half}; give a complete copy of the release, in one folder")
     pairs = ", ".join(f"{layout.ratings} with {layout.items}" for layout in LAYOUTS)
     raise UserError(f"{path}: no MovieLens release in it; expected {pairs}")
 
 
-def _named(wanted: str, names: list[str]) -> str | None:
-    """The least deeply nested file with this name, or this ending where it starts with a dot."""
-    bases = [(name, PurePosixPath(name).name) for name in names]
-    fits = [
-        n
-        for n, base in bases
-        if (base.endswith(wanted) if wanted[0] == "." else base == wanted) and base[0] != "."
-    ]
-    return min(fits, key=lambda name: (name.count("/"), name), default=None)
+def _named(wanted: str, names: list[str]) -> dict[str, str]:
+    """The files with this name by their folder; where it is an ending, which starts with a dot, by all before that."""
+    found = {}
+    for name in names:
+        base = PurePosixPath(name).name
+        if base and base[0] != "." and (base.endswith(wanted) if wanted[0] == "." else base == wanted):
+            found[name.removesuffix(wanted)] = name
+    return found
+
+
+def _depth(name: str) -> int:
+    return name.count("/")
 
 
 def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
@@ -211,7 +226,8 @@ def read_movies(layout: Layout, file: SourceFile) -> pl.DataFrame:
             "id": [movie.id for movie in movies],
             "title": [movie.title for movie in movies],
             "genres": list_column(
-                "genres", [[one for one in movie.genres if one not in NO_GENRES] for movie in movies]
+                "genres",
+                [[one for one in dict.fromkeys(movie.genres) if one not in NO_GENRES] for movie in movies],
             ),
             "year": [int(found[-1]) if found else None for found in years],
         },

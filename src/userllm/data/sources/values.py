@@ -8,8 +8,8 @@ import polars as pl
 
 from userllm.errors import UserError
 
-TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-"""Ticks of a second, by unit."""
+TICKS = {"s": 1_000_000, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+"""Ticks of a second, by unit; seconds may have fractions, so their ticks are microseconds."""
 SPELT = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 ISO_FORMATS = (
     "%Y-%m-%d %H:%M:%S%.f",
@@ -82,7 +82,7 @@ class TimeReader:
     def ticks_of(self, column: pl.Series) -> pl.Series:
         """Ticks since 1970, Int64, null where there is no such time."""
         if self.unit in TICKS:
-            found = _whole_numbers(column)
+            found = _ticks_of_numbers(column, TICKS["us"] if self.unit == "s" else 1)
         elif column.dtype.is_temporal():
             found = column.cast(pl.Datetime("us")).cast(pl.Int64)
         else:
@@ -97,16 +97,19 @@ class TimeReader:
         return frame.to_series().alias("time")
 
 
-def _whole_numbers(column: pl.Series) -> pl.Series:
-    """Int64, rounded down."""
+def _ticks_of_numbers(column: pl.Series, ticks: int) -> pl.Series:
+    """Int64, each number ``ticks`` times, rounded down."""
     if column.dtype.is_temporal():
         return pl.Series(column.name, [None] * len(column), dtype=pl.Int64)
-    found = column.cast(pl.Int64, strict=False)
-    if found.null_count() == column.null_count():
-        return found
-    parts = column.str.strip_chars().cast(pl.Float64, strict=False).floor()
-    small = pl.when(parts.abs() < 2**63 - 1024).then(parts).cast(pl.Int64, strict=False)
-    return pl.select(pl.when(found.is_not_null()).then(found).otherwise(small)).to_series()
+    most, floats = 2**63 - 1024, column.dtype.is_float()
+    whole = column.cast(pl.Int64, strict=False)  # exact, where a float is not
+    found = pl.when(whole.is_between(-(most // ticks), most // ticks)).then(whole * ticks)
+    if floats or whole.null_count() > column.null_count():
+        number = column.str.strip_chars() if column.dtype == pl.String else column
+        parts = (number.cast(pl.Float64, strict=False) * ticks).floor()
+        small = pl.when(parts.abs() < most).then(parts).cast(pl.Int64, strict=False)
+        found = small if floats else pl.when(whole.is_null()).then(small).otherwise(found)
+    return pl.select(found).to_series()
 
 
 def _dates(column: pl.Series, formats: tuple[str, ...], iso: bool) -> pl.Series:
@@ -124,9 +127,15 @@ def _dates(column: pl.Series, formats: tuple[str, ...], iso: bool) -> pl.Series:
         if not left.any():
             break
         zoned = "%z" in pattern
-        time = text.filter(left).str.to_datetime(
-            pattern, time_unit="us", time_zone="UTC" if zoned else None, strict=False, exact=True
-        )
+        try:
+            time = text.filter(left).str.to_datetime(
+                pattern, time_unit="us", time_zone="UTC" if zoned else None, strict=False, exact=True
+            )
+        except pl.exceptions.PolarsError as error:
+            raise UserError(
+                f"--time-unit {pattern!r}: no format of times ({str(error).splitlines()[0]}); give one like "
+                '"%d.%m.%Y %H:%M"'
+            ) from error
         found = found.scatter(left.arg_true(), time.cast(pl.Int64))
     return found
 
