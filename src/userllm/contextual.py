@@ -110,14 +110,8 @@ class ContextualLM(nn.Module):
         if fusion.text.summary is not None:
             self.history_text = HistorySummary(fusion.text, event_texts or {}, tokenizer, summarize)
         elif fusion.text.events > 0:
-            self.history_text = HistoryText(fusion.text, event_texts or {}, tokenizer)
-        self.head = LogitHead(
-            lm.get_output_embeddings(),  # type: ignore[arg-type]
-            getattr(text_config, "final_logit_softcapping", None),
-            text_config.d_model**-0.5
-            if getattr(text_config, "scale_decoder_outputs", False)
-            else getattr(text_config, "logit_scale", None) or 1.0,
-        )
+            self.history_text = HistoryText(fusion.text, event_texts or {}, tokenizer, self.lead)
+        self.head = LogitHead.of(lm)
         self._questions: dict[str, Tensor] = {}
         self.answers = {name: self._closed_answers(task) for name, task in self.closed_tasks.items()}
         self.attachment = Attachment(lm, blocks)
@@ -542,7 +536,7 @@ class ContextualLM(nn.Module):
         return ids[:-1] if self._ends_prompts and ids[-1:] == [self.tokenizer.eos_token_id] else ids
 
     def _closed_answers(self, task: ClosedTask) -> ClosedAnswers:
-        tree = PrefixTree.from_texts(task.answers, self.tokenizer)
+        tree = PrefixTree.from_texts(task.answers, self.tokenizer, self.lead)
         prompt = self.read_as(task.config.prompt)
         if not prompt:
             raise UserError(

@@ -19,14 +19,14 @@ from huggingface_hub.errors import (
 )
 
 from userllm.errors import UserError
-from userllm.language_models.pretrained import hub_problem
+from userllm.language_models.pretrained import hub_problem, is_hub_id
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 
 
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a hub id, OWNER/NAME."""
-    return re.fullmatch(f"{_NAME}/{_NAME}", name) is not None
+    return is_hub_id(name) and re.fullmatch(f"{_NAME}/{_NAME}", name) is not None
 
 
 def upload(

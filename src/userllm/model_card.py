@@ -22,6 +22,8 @@ STRATEGIES = {
     "enc": "encoder and projection were trained, the language model is frozen",
     "proj": "the projection was trained, language model and encoder are frozen",
 }
+_STRATEGIES_OF_TEXT = {"full": "the language model was trained", "lora": "a LoRA adapter was trained"}
+"""Where no user embedding reaches the language model."""
 _SHOWN = ("recall@1", "recall@5", "recall@10", "ndcg@10")
 _SHOWN_OF_TEXTS = ("rouge1", "rouge2", "rougeLsum")
 
@@ -46,17 +48,19 @@ def model_card(description: Mapping[str, Any], name: str) -> str:
     """The card as Markdown with its YAML header."""
     lm, run = description["lm"], description["run"]
     hub_id = PACKAGED[lm["name"]].hub_id if lm["name"] in PACKAGED else lm["name"]
+    embeds = _embeds(description)
     header: dict[str, Any] = {
         "library_name": "userllm",
-        "tags": ["userllm", "recommendation", "user-embeddings"],
+        "tags": ["userllm", "recommendation", *(["user-embeddings"] if embeds else [])],
     }
     if "/" in hub_id and not Path(hub_id).is_absolute():
         header["base_model"] = hub_id
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
-        "A language model that attends to user embeddings: given somebody's history of events, it ranks a catalogue's "
-        "items for that user, answers closed questions about them, and writes text with them in mind.",
+        f"A language model that {'attends to user embeddings' if embeds else 'reads latest events as text'}: given "
+        "somebody's history of events, it ranks a catalogue's items for that user, answers closed questions about "
+        "them, and writes text with them in mind.",
         "**Unofficial.** Made with userllm, an independent implementation of "
         "[User-LLM](https://arxiv.org/abs/2402.13598) (Ning et al. 2024), not by its authors.",
         "## What it is made of",
@@ -73,6 +77,11 @@ def model_card(description: Mapping[str, Any], name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _embeds(description: Mapping[str, Any]) -> bool:
+    """Whether user embeddings reach the language model."""
+    return bool(description["fusion"].get("kind") != "none")
+
+
 def _facts(description: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     lm, run, fusion = description["lm"], description["run"], description["fusion"]
     revision = f", revision {lm['revision']}" if lm.get("revision") else ""
@@ -82,7 +91,8 @@ def _facts(description: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "Dataset", f"{dataset['name']} ({counts}), fingerprint {dataset['fingerprint']}"
     if split := run.get("split"):
         yield "Split", f"{split['kind']}, fingerprint {split['fingerprint']}"
-    yield "Strategy", f"{description['strategy']}: {STRATEGIES[description['strategy']]}"
+    trained = STRATEGIES if _embeds(description) else _STRATEGIES_OF_TEXT
+    yield "Strategy", f"{description['strategy']}: {trained[description['strategy']]}"
     yield "Fusion", ", ".join(f"{key}: {_plain(value)}" for key, value in fusion.items())
     for name, task in description["tasks"].items():
         answers = f"scores over the {task['normalization']}"

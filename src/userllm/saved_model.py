@@ -36,6 +36,7 @@ from userllm.fusion.history_text import HistoryTextConfig, SummaryConfig
 from userllm.fusion.perceiver import PerceiverConfig
 from userllm.fusion.soft_prompt import SoftPromptConfig
 from userllm.language_models.pretrained import ResolvedLM
+from userllm.tasks import TaskConfig
 
 FORMAT_VERSION = 1
 TEXT_START = "text_start.safetensors"
@@ -84,7 +85,37 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not written by save_pretrained ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format_version is {version}, this userllm reads {FORMAT_VERSION}")
+    _check_description(file, saved)
     return saved
+
+
+def _check_description(file: Path, saved: Mapping[str, Any]) -> None:
+    """Raises UserError for a part that is missing, or a setting that this userllm does not know."""
+    try:
+        saved["strategy"]
+        for key in ("name", "dtype", "sha256"):
+            saved["lm"][key]
+        saved_fusion(saved["fusion"])
+        for task in saved["tasks"].values():
+            TaskConfig(**task)
+        for field in saved["fields"]:
+            FieldShape(**field)
+        described = _encoder_of(saved)
+        if described["kind"] != "own":
+            encoder_config_class(described["kind"])(**described)
+    except KeyError as error:
+        raise UserError(f"{file}: {error} is missing; save the model again") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: {error}; it was written by {saved.get('created_by')}, and this is userllm {package_version()}: "
+            "use that version, or save the model again"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _encoder_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
 
 
 def saved_reader(
@@ -120,7 +151,7 @@ def described_encoder(encoder: UserEncoder) -> dict[str, Any]:
 
 def saved_encoder(file: Path, saved: dict[str, Any], given: UserEncoder | None) -> UserEncoder:
     """The encoder that config.json (``file``) speaks of; ``given`` if somebody brings it."""
-    described = {"kind": AutoregressiveConfig.kind} | saved["encoder"]  # there were no kinds in the beginning
+    described = _encoder_of(saved)
     if given is not None:
         if given.width != described["width"]:
             raise UserError(

@@ -1,5 +1,6 @@
 """Beam search on random tries with a language model that is a table: exact against enumeration."""
 
+import copy
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -184,6 +185,18 @@ def test_the_head_never_answers_from_old_weights():
                 output.weight.add_(torch.randn_like(output.weight))
     capped = LogitHead(output, softcap=2.0, scale=0.5)
     torch.testing.assert_close(capped(hidden), torch.tanh(output(hidden) * 0.5 / 2) * 2)
+
+
+def test_the_head_is_the_language_models_own_at_each_call(tiny_lm):
+    lm, tokenizer = tiny_lm("llama")
+    head, hidden = LogitHead.of(lm), torch.randn(2, 32)
+    lm.resize_token_embeddings(len(tokenizer) + 8)
+    lm.get_output_embeddings().weight.data.normal_()
+    assert head.output is lm.get_output_embeddings()
+    torch.testing.assert_close(head(hidden), lm.lm_head(hidden))
+    other = copy.deepcopy(head)
+    other.output.weight.data.zero_()
+    assert not other(hidden).any() and head(hidden).all()
 
 
 def test_a_prompt_is_needed():

@@ -6,12 +6,35 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from userllm.data.titles import distinct_titles
 from userllm.decoding.prefix_tree import PrefixTree, segment_log_softmax
 from userllm.errors import UserError
+from userllm.language_models.tiny import ARCHITECTURES
+from userllm.language_models.word_start import lead
 
 END = 9
+
+
+def marking_tokenizer(texts):
+    """As Llama 2's: a text begins with the mark of a word, whether or not a space stands there."""
+    words = sorted({f"▁{word}" for text in texts for word in text.split()})
+    letters = sorted({letter for word in words for letter in word} | set("xy"))
+    vocabulary = {token: n for n, token in enumerate(["<unk>", "</s>", *letters])}
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
 answer_sets = st.lists(
     st.lists(st.integers(0, 4), max_size=5).map(lambda tokens: (*tokens, END)),
     min_size=1,
@@ -111,7 +134,9 @@ def test_an_empty_catalogue_is_refused(tiny_lm):
 
 def test_titles_alike_and_titles_within_titles(tiny_lm, catalogue):
     _, tokenizer = tiny_lm("llama")
-    with pytest.raises(UserError, match="answers 5 and 6 read alike"):
+    with pytest.raises(
+        UserError, match=r"'The Mask \(1994\)' and 'The Mask \(1994\)' read alike .* rename one"
+    ):
         PrefixTree.from_texts(catalogue["title"].to_list(), tokenizer)
     texts = distinct_titles(catalogue["title"].to_list())
     tree = PrefixTree.from_texts(texts, tokenizer)
@@ -123,6 +148,18 @@ def test_titles_alike_and_titles_within_titles(tiny_lm, catalogue):
     inner = max(shared, key=lambda n: int(tree.depth[n]))
     _, children = tree.children(torch.tensor([inner]))
     assert tokenizer.eos_token_id in tree.token[children].tolist()
+
+
+def test_answers_begin_as_words_behind_the_prompt(tiny_lm):
+    marking = marking_tokenizer(["Toy Story", "Heat", "namely"])
+    assert lead(marking) == ""
+    tree = PrefixTree.from_texts(["Toy Story", "Heat"], marking, lead(marking))
+    for number, text in enumerate(["Toy Story", "Heat"]):
+        path = [n for n in tree.paths[number].tolist() if n > 0]
+        spelled = marking.convert_ids_to_tokens(tree.token[path].tolist())
+        assert ["▁namely", *spelled] == [*marking.tokenize(f"namely {text}"), "</s>"]
+    for architecture in ARCHITECTURES:
+        assert lead(tiny_lm(architecture)[1]) == " "
 
 
 def test_a_tokenizer_must_be_able_to_end_a_text(tiny_lm):

@@ -5,7 +5,9 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from userllm.decoding.answers import LogitHead
 from userllm.decoding.beam_search import search_free
 from userllm.errors import UserError
 from userllm.language_models.products import products_in_bfloat16
@@ -295,6 +297,36 @@ def test_unconstrained_search_equals_transformers(make_model, histories, archite
     assert not (texts == never).any()
     assert torch.equal(sequences, texts)
     close(scores, theirs.sequences_scores.view(3, beams))
+
+
+SMALL = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+T5 = {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 2, "d_ff": 64, "decoder_start_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("granite", SMALL | {"logits_scaling": 8.0}),
+        ("cohere", SMALL | {"logit_scale": 0.0625}),
+        ("gemma2", SMALL | {"num_key_value_heads": 4, "head_dim": 8, "final_logit_softcapping": 3.0}),
+        ("t5", T5 | {"tie_word_embeddings": True}),
+        ("t5", T5 | {"tie_word_embeddings": False}),
+        ("mt5", T5),
+        ("umt5", T5),
+        ("switch_transformers", T5 | {"num_experts": 2, "feed_forward_proj": "relu"}),
+    ],
+)
+def test_scaled_and_capped_logits_are_the_language_models_own(kind, settings):
+    config = CONFIG_MAPPING[kind](vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    lm, ids = auto.from_config(config).eval(), torch.tensor([[3, 4, 5]])
+    given, asked = {"input_ids": ids}, {"input_ids": ids}
+    with torch.no_grad():
+        if config.is_encoder_decoder:
+            asked = asked | {"decoder_input_ids": ids}
+            given["encoder_hidden_states"] = lm.get_encoder()(ids).last_hidden_state
+        hidden = lm.get_decoder()(**given).last_hidden_state
+        torch.testing.assert_close(LogitHead.of(lm)(hidden), lm(**asked).logits)
 
 
 def test_logits_the_head_cannot_reproduce_are_refused(make_model):

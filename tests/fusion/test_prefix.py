@@ -195,6 +195,44 @@ def test_the_oldest_events_make_room(make_user_llm, stored):
         written(model, histories, [0], [6], HistoryTextConfig(events=6, max_tokens=3))
 
 
+def test_an_event_without_room_is_cut_where_it_is_the_latest(make_user_llm, stored):
+    model = model_of(make_user_llm, "text")
+    histories = stored.batch([(7, 0, 6)])
+    config = HistoryTextConfig(events=3, lead="Seen:", event=" {title};" + " many words" * 20)
+    whole, _, _ = written(model, histories, [0], [6], config)
+    config.max_tokens = 40
+    [cut], ids, _ = written(model, histories, [0], [6], config)
+    assert ids.shape[1] == 40
+    latest = whole[0].split(";")[-2].removeprefix(" many words" * 20) + "; many words"
+    assert latest in cut and cut.endswith("\n") and cut.count(";") == 1
+    texts = HistoryText(config, model.history_text.values, model.tokenizer)
+    assert texts.written(histories, torch.tensor([0]), torch.tensor([6])) == [cut]
+
+
+def test_events_begin_as_words_behind_others_do(make_user_llm, stored):
+    """A tokenizer that marks every text's beginning as that of a word would make the space a token of its own."""
+    model = model_of(make_user_llm, "text")
+    config, values, asked = HistoryTextConfig(events=2, lead="Seen:", close=""), model.history_text.values, []
+
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens):
+            asked.append(text)
+            return model.tokenizer(text, add_special_tokens=add_special_tokens)
+
+    for space in (" ", ""):
+        asked.clear()
+        texts = HistoryText(config, values, Tokenizer(), space)
+        texts(stored.batch([(7, 0, 6)]), torch.tensor([0]), torch.tensor([6]))
+        assert asked[0] == "Seen:"
+        assert [text.startswith(" ") for text in asked[2:]] == [space == " "] * 2
+
+
+@pytest.mark.parametrize("event", ["{title", "title}", "{title!z}", "{rating:.1f}", "{title:{width}}"])
+def test_a_template_that_no_text_fits_is_named(make_user_llm, event):
+    with pytest.raises(UserError, match=r"fusion\.text\.event .*write a field as \{title\}"):
+        make_user_llm("lora", kind="none", text=HistoryTextConfig(events=2, event=event))
+
+
 def test_bad_settings_are_named(make_user_llm):
     with pytest.raises(UserError, match=r"fusion.text.event: no \{director\}"):
         make_user_llm("lora", kind="none", text=HistoryTextConfig(events=2, event="{director}"))

@@ -67,6 +67,23 @@ def test_a_missing_shard_is_named(folder):
         resolve(LanguageModelConfig(str(folder)))
 
 
+def test_an_index_of_weights_that_were_not_fetched_is_not_asked(folder):
+    """The hub has many models in both kinds; of the second one only the index comes along, which is a *.json."""
+    pickled = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00002.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(pickled))
+    assert load(LanguageModelConfig(str(folder)))[2].folder == folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pytorch_model-00001-of-00002\.bin .* is missing"):
+        resolve(LanguageModelConfig(str(folder)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_named(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json.*fetch or save the model again"):
+        resolve(LanguageModelConfig(str(folder)))
+
+
 def test_damaged_weights(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -94,6 +111,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(folder):
     [
         ("./nowhere", "nowhere: no such folder"),
         ("two words", "'two words': no such folder, and not a hub id"),
+        ("runs/my--model", "'runs/my--model': no such folder, and not a hub id"),
         ("acme/model", "acme/model: the hub cannot be reached.*name a local folder"),
         ("tiny-random-bert", "unknown architecture"),
     ],

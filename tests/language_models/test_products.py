@@ -66,6 +66,9 @@ def test_weights_that_change_are_cast_anew():
     with torch.no_grad():
         linear.weight.copy_(torch.eye(4))
     assert torch.equal(rounded(x), torch.eye(4))
+    linear.weight.data = 3 * torch.eye(4)
+    assert torch.equal(rounded(x), 3 * torch.eye(4))
+    linear.weight.data = torch.eye(4)
     again = copy.deepcopy(rounded)
     again.load_state_dict({"weight": 2 * torch.eye(4)})
     assert torch.equal(again(x), 2 * torch.eye(4)) and torch.equal(rounded(x), torch.eye(4))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from userllm.language_models.end_tokens import end_tokens
 from userllm.language_models.pretrained import LanguageModelConfig, load
 from userllm.language_models.summaries import Summarizer
 
@@ -37,6 +38,42 @@ def test_a_summary_is_the_greedy_continuation(make):
                 break
     expected = " ".join(tokenizer.decode(ids[0, begun:], skip_special_tokens=True).split())
     assert make()([TEXTS[0]]) == [expected]
+
+
+def test_an_encoder_decoder_writes_a_text_of_its_own(make):
+    t5 = LanguageModelConfig(name="tiny-random-t5")
+    lm, tokenizer, _ = load(t5)
+    read = tokenizer(TEXTS[0] + " In short?\n", return_tensors="pt")["input_ids"]
+    ids = torch.tensor([[0]])
+    with torch.no_grad():
+        while ids.shape[1] < 6 and ids[0, -1] != tokenizer.eos_token_id:
+            logits = lm(input_ids=read, decoder_input_ids=ids).logits
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    expected = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    assert expected and make(lm=t5)([TEXTS[0]]) == [expected]
+    batch = make(lm=t5)(TEXTS)
+    assert batch[0] == expected
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_turn_of_a_chat_ends_where_the_language_model_says(make, monkeypatch, chat):
+    """Gemma's and Phi-3's end of turn is named in their generation_config alone."""
+    lm, tokenizer, resolved = load(TINY)
+    every = list(range(len(tokenizer)))
+    lm.generation_config.eos_token_id = every
+    assert end_tokens(lm, tokenizer) == [tokenizer.eos_token_id, *(n for n in every if n != 2)]
+    lm.generation_config.eos_token_id = None
+    assert end_tokens(lm, tokenizer) == [tokenizer.eos_token_id]
+    lm.generation_config.eos_token_id = 7
+    assert end_tokens(lm, tokenizer) == [tokenizer.eos_token_id, 7]
+    whole = tokenizer(make()(TEXTS[:1]), add_special_tokens=False)["input_ids"][0]
+    assert len(whole) > 1
+    if chat:
+        tokenizer.chat_template = "{{ messages[0].content }}\n"
+    lm.generation_config.eos_token_id = every
+    monkeypatch.setattr("userllm.language_models.summaries.load", lambda config: (lm, tokenizer, resolved))
+    [said] = make(file=make().file.with_name("other.sqlite"))(TEXTS[:1])
+    assert len(tokenizer(said, add_special_tokens=False)["input_ids"]) == (1 if chat else len(whole))
 
 
 def test_a_batch_equals_one_at_a_time(make, tmp_path):

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 
 from userllm import hub
 from userllm.errors import UserError
+from userllm.fusion.history_text import HistoryTextConfig
 from userllm.language_models import pretrained
 from userllm.model import UserLLM
 
@@ -91,6 +92,10 @@ def test_the_hubs_refusals_are_one_line(make_user_llm, fake_hub, monkeypatch):
         make_user_llm().push_to_hub("me/my-model")
     with pytest.raises(UserError, match="'my model' is not a hub id; give OWNER/NAME"):
         make_user_llm().push_to_hub("my model")
+    with pytest.raises(UserError, match="'me/my--model' is not a hub id; give OWNER/NAME"):
+        make_user_llm().push_to_hub("me/my--model")
+    with pytest.raises(UserError, match="runs/my--model: no model there"):
+        UserLLM.from_pretrained("runs/my--model")
 
 
 def test_an_unreachable_hub_costs_seconds(make_user_llm, monkeypatch, tmp_path):
@@ -156,6 +161,18 @@ def test_folders_of_the_first_version_still_load(make_user_llm, tmp_path, datase
     loaded = UserLLM.from_pretrained(tmp_path / "model")
     assert loaded.run == {}
     assert_alike(loaded, model, dataset)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "trained"),
+    [("lora", "a LoRA adapter was trained"), ("full", "the language model was trained")],
+)
+def test_the_card_of_a_text_prompt_speaks_of_no_embeddings(make_user_llm, tmp_path, strategy, trained):
+    model = make_user_llm(strategy, kind="none", text=HistoryTextConfig(events=2))
+    model.save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "A language model that reads latest events as text:" in card
+    assert f"| Strategy | {strategy}: {trained} |" in card and "embeddings" not in card
 
 
 def test_the_card_is_a_card(make_user_llm, tmp_path):

@@ -215,6 +215,29 @@ def test_what_is_no_model_is_refused(saved, tmp_path):
             UserLLM.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("part", ["fusion", "encoder", "tasks.next_item", "fields.0", "fusion.text"])
+def test_a_setting_of_a_later_userllm_is_named(saved, part):
+    file = saved / "config.json"
+    whole = json.loads(file.read_text())
+    group = whole | {"created_by": "userllm 9.9"}
+    for key in part.split("."):
+        group = group[int(key) if key.isdigit() else key]
+    group["brand_new"] = 1
+    file.write_text(json.dumps(whole | {"created_by": "userllm 9.9"}))
+    with pytest.raises(UserError, match=r"config\.json: .*'brand_new'; it was written by userllm 9\.9"):
+        UserLLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("part", ["strategy", "lm", "encoder", "fields", "fusion", "tasks"])
+def test_a_part_that_is_missing_is_named(saved, part):
+    file = saved / "config.json"
+    whole = json.loads(file.read_text())
+    del whole[part]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=rf"config\.json: '{part}' is missing; save the model again"):
+        UserLLM.from_pretrained(saved)
+
+
 @pytest.mark.parametrize(
     "name", ["encoder.safetensors", "fusion.safetensors", "items.parquet", "vocabulary.json"]
 )

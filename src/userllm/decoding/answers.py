@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from userllm.decoding.prefix_tree import PrefixTree, segment_log_softmax
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Normalization = Literal["catalogue", "vocabulary"]
 Advice = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -122,19 +125,42 @@ class ClosedAnswers:
 class LogitHead:
     """The LM's output layer, whole or for a few tokens only.
 
-    Soft-capped logits (Gemma 2 and 3) are reproduced; ``model.check_head`` compares with the LM's own forward pass.
+    Soft-capped (Gemma 2 and 3) and scaled logits are reproduced; ``model.check_head`` compares with the LM's own
+    forward pass. output: the layer, or what finds it.
     """
 
-    def __init__(self, output: torch.nn.Module, softcap: float | None, scale: float = 1.0):
-        self.output = output
+    def __init__(
+        self,
+        output: torch.nn.Module | Callable[[], torch.nn.Module],
+        softcap: float | None,
+        scale: float = 1.0,
+    ):
+        self._output = output
         self.softcap = softcap
         self.scale = scale
         self._rows: tuple[Tensor, tuple[int, int], Tensor, Tensor | None] | None = None
 
+    @classmethod
+    def of(cls, lm: PreTrainedModel) -> LogitHead:
+        """The head that an LM has at each call: resizing its vocabulary puts another one in its place."""
+        config = lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        tied_scaled = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
+        if tied_scaled or getattr(config, "scale_decoder_outputs", False):  # the T5 family
+            scale = config.d_model**-0.5
+        return cls(lm.get_output_embeddings, getattr(config, "final_logit_softcapping", None), scale)  # type: ignore[arg-type]
+
+    @property
+    def output(self) -> torch.nn.Module:
+        """The LM's output layer."""
+        return self._output if isinstance(self._output, torch.nn.Module) else self._output()
+
     def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits [..., V] of hidden states [..., D], or [..., C] for ``tokens`` [C] only."""
-        weight: Tensor = self.output.weight  # type: ignore[assignment]
-        bias: Tensor | None = getattr(self.output, "bias", None)
+        output = self.output
+        weight: Tensor = output.weight  # type: ignore[assignment]
+        bias: Tensor | None = getattr(output, "bias", None)
         if tokens is not None:
             weight, bias = self._picked(weight, bias, tokens)
         logits = torch.nn.functional.linear(hidden, weight, bias) * self.scale

@@ -66,6 +66,7 @@ class PrefixTree:
     ) -> PrefixTree:
         """The trie of ``separator + text + end-of-text`` for each text.
 
+        separator: what makes a text's first word one that stands behind the prompt; see ``language_models.word_start``.
         Raises UserError where there is no answer, two answers read alike, or the tokenizer has no end-of-text token.
         """
         if tokenizer.eos_token_id is None:
@@ -77,11 +78,14 @@ class PrefixTree:
             if texts
             else []
         )
-        return cls.from_tokens([[*tokens, tokenizer.eos_token_id] for tokens in encoded])  # type: ignore[misc]
+        return cls.from_tokens([[*tokens, tokenizer.eos_token_id] for tokens in encoded], texts)  # type: ignore[misc]
 
     @classmethod
-    def from_tokens(cls, answers: Sequence[Sequence[int]]) -> PrefixTree:
-        """The trie of token sequences, none of which may be another's beginning (end-of-text sees to that)."""
+    def from_tokens(cls, answers: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> PrefixTree:
+        """The trie of token sequences, none of which may be another's beginning (end-of-text sees to that).
+
+        texts: what the UserError calls two answers for which that does not hold; by default their numbers.
+        """
         if not answers:
             raise UserError("the catalogue of answers is empty: there is nothing to choose from")
         longest = max(map(len, answers))
@@ -97,9 +101,11 @@ class PrefixTree:
         shared = np.minimum(same, lengths[:-1])
         clash = np.flatnonzero(shared >= np.minimum(lengths[1:], lengths[:-1]))
         if len(clash):
-            a, b = order[clash[0]], order[clash[0] + 1]
+            a, b = sorted((int(order[clash[0]]), int(order[clash[0] + 1])))
+            names = f"{a} and {b}" if texts is None else f"{texts[a]!r} and {texts[b]!r}"
             raise UserError(
-                f"answers {a} and {b} read alike to the language model; every answer needs its own text"
+                f"the answers {names} read alike to the language model, and every answer needs a text of its own: "
+                "rename one in the dataset, or take a language model whose tokenizer tells them apart"
             )
         shared = np.concatenate([[-1], shared])
 

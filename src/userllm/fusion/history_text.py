@@ -63,7 +63,9 @@ class HistoryText:
     """Writes histories as tokens.
 
     values: by field of the history batches, the text of each vocabulary id (id 0, padding, included); the item's go
-    by the name "title". Raises UserError for a template that names anything else, or that leaves no room for an event.
+    by the name "title". space: what the tokenizer needs before a word behind others; see
+    ``language_models.word_start``. Raises UserError for a template that names anything else, that texts cannot be
+    filled into, or that leaves no room for an event.
     """
 
     def __init__(
@@ -71,14 +73,13 @@ class HistoryText:
         config: HistoryTextConfig,
         values: Mapping[str, Sequence[str]],
         tokenizer: PreTrainedTokenizerBase,
+        space: str = " ",
     ):
         self.config = config
         self.values = dict(values)
         self.tokenizer = tokenizer
-        self.places = [name for _, name, _, _ in Formatter().parse(config.event) if name is not None]
-        if unknown := [name for name in self.places if name not in (*self.values, *config.texts)]:
-            known = ", ".join(f"{{{name}}}" for name in (*self.values, *config.texts))
-            raise UserError(f"fusion.text.event: no {{{unknown[0]}}}; there are {known}")
+        self.space = space
+        self.places = _places(config.event, [*self.values, *config.texts])
         self.lead = self._tokens(config.lead)
         self.close = self._tokens(config.close)
         self._events: dict[tuple[int | tuple[int, ...], ...], tuple[str, list[int]]] = {}
@@ -125,6 +126,9 @@ class HistoryText:
                 texts = {name: self._cut(histories.texts[row](name, place)) for name in shown}  # type: ignore[index]
                 event = self._event([columns[name][row][place] for name in fields], texts)
                 if len(event[1]) > room:
+                    if not kept:  # the latest says more than no history at all
+                        tokens = event[1][:room]
+                        kept.append((str(self.tokenizer.decode(tokens)), tokens))
                     break
                 room -= len(event[1])
                 kept.append(event)
@@ -148,7 +152,24 @@ class HistoryText:
         return " ".join(text.split()[: self.config.text_words])
 
     def _tokens(self, text: str) -> list[int]:
+        if text.startswith(" "):
+            text = f"{self.space}{text[1:]}"
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _places(event: str, known: Sequence[str]) -> list[str]:
+    """The fields that a template names. Raises UserError where there is no such field, or it takes no text."""
+    try:
+        places = [name for _, name, _, _ in Formatter().parse(event) if name is not None]
+        if unknown := [name for name in places if name not in known]:
+            there = ", ".join(f"{{{name}}}" for name in known)
+            raise UserError(f"fusion.text.event: no {{{unknown[0]}}}; there are {there}")
+        event.format(**dict.fromkeys(places, "text"))
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            f"fusion.text.event {event!r}: {error}; write a field as {{title}} (all are texts) and a brace as {{{{"
+        ) from error
+    return places
 
 
 def padded_on_the_left(texts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from userllm.errors import UserError
 from userllm.ranges import PositiveInt
 
 
@@ -23,8 +26,9 @@ class LoraConfig:
     """Rank (paper: 8)."""
     alpha: PositiveInt = 16
     """Scaling numerator (ours: the paper is silent)."""
-    targets: str = "all-linear"
-    """Modules that get an adapter, as peft names them (ours)."""
+    targets: list[str] | str = "all-linear"
+    """Modules that get an adapter (ours): a list of their names, such as [q_proj, v_proj], a regular expression for
+    whole names (".*self_attn.*"), or "all-linear". The output layer cannot have one."""
 
 
 class Adapter:
@@ -35,12 +39,28 @@ class Adapter:
 
     @classmethod
     def add(cls, lm: PreTrainedModel, config: LoraConfig) -> Adapter:
-        """A fresh adapter: it changes nothing until it is trained."""
+        """A fresh adapter: it changes nothing until it is trained. Raises UserError for targets the LM does not have.
+
+        The LM is of no use after that.
+        """
         kind = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
         settings = PeftLoraConfig(
             r=config.rank, lora_alpha=config.alpha, target_modules=config.targets, task_type=kind
         )
-        return cls(get_peft_model(lm, settings))  # type: ignore[arg-type]
+        asked = f"strategy.lora.targets {config.targets!r}"
+        try:
+            adapter = cls(get_peft_model(lm, settings))  # type: ignore[arg-type]
+        except (ValueError, re.error) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{asked}: {reason}; give a list of modules' names ([q_proj, v_proj]), or all-linear; any other text "
+                "is a regular expression for whole names"
+            ) from error
+        if isinstance(lm.get_output_embeddings(), BaseTunerLayer):  # whose weights userllm reads by itself
+            raise UserError(
+                f"{asked}: the output layer is among them and cannot have an adapter; leave it out"
+            )
+        return adapter
 
     @classmethod
     def load(cls, lm: PreTrainedModel, folder: Path) -> Adapter:

@@ -10,6 +10,7 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
     For texts in a chat template: Gemma and Phi-3 end an answer with a token that is not their tokenizer's end-of-text.
     """
-    shipped = getattr(lm.generation_config, "eos_token_id", None)
+    shipped: int | list[int] | None = getattr(lm.generation_config, "eos_token_id", None)
+    own: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
     named = shipped if isinstance(shipped, list) else [shipped]
-    return list(dict.fromkeys(int(one) for one in (tokenizer.eos_token_id, *named) if one is not None))
+    return list(dict.fromkeys(one for one in (own, *named) if one is not None))

@@ -20,10 +20,12 @@ import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from userllm.data.sources.fetch import announce, cache_folder, fetch_wheel_member, sha256_of
 from userllm.errors import UserError
+from userllm.json_file import read_object
 from userllm.language_models.gguf import convert_llama_gguf
 from userllm.language_models.onnx_t5 import convert_t5_onnx
 from userllm.language_models.products import products_in_bfloat16
@@ -46,6 +49,7 @@ from userllm.ranges import BelowOne
 
 _TINY = "tiny-random-"
 _HUB_SECONDS = 4.0  # the most that an unreachable hub may cost; its own client would retry for minutes
+_SAFETENSORS, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -238,9 +242,18 @@ def resolve(config: LanguageModelConfig) -> ResolvedLM:
     if folder.exists() or name.startswith(("/", ".", "~")):
         require_complete(folder)
         return ResolvedLM(folder, name, f"the local folder {folder}", weights_sha256(folder))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None:
+    if not is_hub_id(name):
         raise UserError(f"language model {name!r}: no such folder, and not a hub id (ORGANISATION/MODEL)")
     return _resolve_hub(name, name, config.revision)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id: MODEL, or ORGANISATION/MODEL."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
 
 
 def require_complete(folder: Path) -> None:
@@ -260,11 +273,15 @@ def missing_file(folder: Path) -> str | None:
     """Which part of model configuration, weights and tokenizer the folder lacks, in words; None when it is complete."""
     if not (folder / "config.json").is_file():
         return "config.json"
-    for index in folder.glob("*.index.json"):
-        for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    found = weight_files(folder)
+    kinds = [_SAFETENSORS, _PICKLED]
+    if found:  # of a second kind, which was not fetched, the index alone may lie there
+        kinds = [_SAFETENSORS if found[0].suffix == ".safetensors" else _PICKLED]
+    for index in (index for kind in kinds for index in sorted(folder.glob(f"{kind}.index.json"))):
+        for shard in _shards(index):
             if not (folder / shard).is_file():
                 return f"{shard} (named in {index.name})"
-    if not weight_files(folder):
+    if not found:
         return "model.safetensors (the weights)"
     tokenizers = [["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"]]
     if not any(all((folder / part).is_file() for part in parts) for parts in tokenizers):
@@ -274,7 +291,16 @@ def missing_file(folder: Path) -> str | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files in the order of their names: safetensors, or pytorch_model*.bin where there are none."""
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_PICKLED))
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files an index names. Raises UserError for a damaged one."""
+    mend = "fetch or save the model again"
+    named = read_object(index, mend, "weight_map")["weight_map"]
+    if not isinstance(named, dict):
+        raise UserError(f"{index}: weight_map is no table of weights and files; {mend}")
+    return sorted({str(shard) for shard in named.values()})
 
 
 def weights_sha256(folder: Path) -> str:
@@ -404,8 +430,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
             )
         )
 
-    folder = fetch("model*.safetensors")
-    return folder if weight_files(folder) else fetch("pytorch_model*.bin")
+    folder = fetch(_SAFETENSORS)
+    return folder if weight_files(folder) else fetch(_PICKLED)
 
 
 def hub_problem() -> str | None:

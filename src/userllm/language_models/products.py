@@ -8,6 +8,7 @@ the same numbers in float32's time (``userllm.bfloat16``).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ class Bfloat16Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._kept: tuple[int, Tensor] | None = None
+        self._kept: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -36,9 +37,11 @@ class Bfloat16Linear(nn.Linear):
         weight = self.weight
         if weight.requires_grad:
             return operand(weight)
-        # the version moves with every change in place, such as the loading of other weights
-        if self._kept is None or self._kept[0] != weight._version or self._kept[1].device != weight.device:
-            self._kept = (weight._version, operand(weight.detach()))
+        # the version moves with every change in place, such as the loading of other weights; the place with others put
+        # there, as `weight.data = ...` does
+        state = (weight._version, weight.data_ptr(), weight.device)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, operand(weight.detach()))
         return self._kept[1]
 
 

@@ -19,6 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from userllm.clock import clock_of
 from userllm.data.sources.fetch import cache_folder
+from userllm.errors import UserError
+from userllm.language_models.end_tokens import end_tokens
 from userllm.language_models.pretrained import LanguageModelConfig, load, resolve
 
 
@@ -45,7 +47,7 @@ class Summarizer:
         self.spared = 0.0
         """Seconds that writing those took that this object was spared, since they were on disk (``clock_of``)."""
         self._paid: set[str] = set()
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase, GenerationConfig] | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """One summary per text, on one line; each is on disk before the next batch is begun."""
@@ -96,17 +98,25 @@ class Summarizer:
             told.append(self.lm.products)
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
+    def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, GenerationConfig]:
+        lm, tokenizer, _ = load(self.lm)
+        chat = tokenizer.chat_template is not None
+        settings = GenerationConfig(
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end_tokens(lm, tokenizer) if chat else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=_decoder_start(lm),
+        )
+        lm.generation_config = GenerationConfig()  # what the settings leave open is not the LM's to say
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return lm.to(device or "cpu"), tokenizer, settings  # type: ignore[arg-type]
+
     @torch.no_grad()
     def _write(self, texts: Sequence[str]) -> tuple[list[str], float]:
         """The summaries, and the seconds they took."""
-        if self._loaded is None:
-            lm, tokenizer, _ = load(self.lm)
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            lm.generation_config = (
-                GenerationConfig()
-            )  # what the settings below leave open is not the LM's to say
-            self._loaded = lm.to(device or "cpu"), tokenizer  # type: ignore[arg-type]
-        lm, tokenizer = self._loaded
+        lm, tokenizer, settings = self._loaded = self._loaded or self._load()
         clock = clock_of(lm.device)
         began = clock()
         inputs = tokenizer(
@@ -117,15 +127,9 @@ class Summarizer:
             return_tensors="pt",
             return_token_type_ids=False,
         ).to(lm.device)
-        settings = GenerationConfig(
-            max_new_tokens=self.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         output = lm.generate(**inputs, generation_config=settings)  # type: ignore[operator]
-        new = output[:, inputs["input_ids"].shape[1] :]
+        # a decoder that has an encoder to read from does not repeat what was read
+        new = output if lm.config.is_encoder_decoder else output[:, inputs["input_ids"].shape[1] :]
         self.written += len(texts)
         said = tokenizer.batch_decode(new, skip_special_tokens=True)
         return [" ".join(one.split()) for one in said], clock() - began
@@ -136,3 +140,13 @@ class Summarizer:
             return f"{asked}\n"
         message = [{"role": "user", "content": asked}]
         return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def _decoder_start(lm: PreTrainedModel) -> int | None:
+    """The token that the decoder of an encoder-decoder LM begins with; None for a causal one."""
+    if not lm.config.is_encoder_decoder:
+        return None
+    for config in (lm.config, lm.generation_config):
+        if (start := getattr(config, "decoder_start_token_id", None)) is not None:
+            return int(start)
+    raise UserError(f"{type(lm).__name__}: its configuration names no decoder_start_token_id")

@@ -127,7 +127,7 @@ class TextAlignment(nn.Module):
         self.model = model
         self.project = model.soft_prompt.project
         words = HistoryTextConfig(events=model.window, lead="", event=event, close="", max_tokens=sys.maxsize)
-        self.words = HistoryText(words, event_texts(model.collator), model.tokenizer)
+        self.words = HistoryText(words, event_texts(model.collator), model.tokenizer, model.lead)
 
     def forward(self, examples: Examples) -> dict[str, Tensor]:
         """See the class."""
