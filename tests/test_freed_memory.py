@@ -80,7 +80,8 @@ print(with_it - resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
-@pytest.mark.parametrize(("left", "handed"), [(0.1, True), pytest.param(0.5, False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a process that loads torch
+@pytest.mark.parametrize(("left", "handed"), [(0.1, True), (0.5, False)])
 def test_where_memory_is_scarce_nothing_free_is_kept(left, handed):
     done = subprocess.run(
         [sys.executable, "-c", SCARCE, str(left)], capture_output=True, text=True, check=True

@@ -25,7 +25,7 @@ tasks:
   next_item: {prompt: The next movie this user will watch is}
   favorite_genre: {kind: favorite_category, prompt: This user's favorite movie genre is}
 contextualize: {steps: 2, histories: 4, examples_per_history: 2}
-evaluation: {users: 8, list_length: 5, beams: 5, batch: 8}
+evaluation: {users: 8, list_length: 5, beams: 5, batch: 8, knowledge_tokens: 64}
 """
 
 PYTHON_BACKENDS = hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend")
@@ -97,10 +97,8 @@ def test_train_and_answer(tmp_path, monkeypatch, capsys):
             )
 
 
-@pytest.mark.parametrize(  # 10 s each: a process of its own
-    "variant",
-    [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in VARIANTS],
-)
+@pytest.mark.slow  # half a minute each: every operation goes through Python
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_way(tmp_path, variant):
     (tmp_path / "demo.yaml").write_text(CONFIG)
     settings = " ".join(f"'{setting}'" for setting in VARIANTS[variant])

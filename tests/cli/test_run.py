@@ -182,6 +182,7 @@ def test_two_runs_in_one_folder_do_not_get_into_each_others_way(finished, userll
     assert userllm("pretrain", "config.yaml", cwd=tmp_path).code == 0
 
 
+@pytest.mark.slow  # two whole runs
 def test_a_run_that_is_refused_its_data_stays_the_run_it_was(userllm, finished, tmp_path):
     """Its dataset changed; the refused command must not leave settings behind that make its report another's."""
     shutil.copytree(finished / "runs/demo", tmp_path / "runs/demo")

@@ -120,7 +120,7 @@ def test_any_answers_in_any_blocks(answers, data, users, block, normalization):
             for name in ("qwen3", "opt", "gpt_neox", "phi3")
         ),
         ("llama", "vocabulary", "answer"),
-        ("gemma3", "vocabulary", "text"),
+        pytest.param("gemma3", "vocabulary", "text", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_same_as_one_by_one_in_a_language_model(

@@ -75,7 +75,7 @@ def test_pretraining_of_other_encoders(run_pretrain, interrupted, same_weights, 
     ("strategy", "lm", "cuts"),
     [
         ("enc", "tiny-random-llama", [(4, True), (8, False)]),
-        ("lora", "tiny-random-gpt2", [(8, False)]),  # an LM with dropout
+        pytest.param("lora", "tiny-random-gpt2", [(8, False)], marks=pytest.mark.slow),  # an LM with dropout
         pytest.param("full", "tiny-random-llama", [(8, True)], marks=pytest.mark.slow),
     ],
 )
