@@ -184,6 +184,7 @@ def test_who_comes_when_too_many_wait_is_sent_away(model, store, monkeypatch):
         assert [one.result().status_code for one in waiting] == [200, 200]
 
 
+@pytest.mark.slow  # a process that serves
 def test_the_command(finished, store):
     command = [sys.executable, "-m", "userllm", "serve", "runs/demo", "--store", str(store), "--port", "0"]
     with subprocess.Popen(command, cwd=finished, stdout=subprocess.PIPE, text=True) as server, ended(server):

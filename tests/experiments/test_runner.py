@@ -263,6 +263,7 @@ def test_a_pace_needs_no_stage_1(done, tmp_path):
     assert yaml.safe_load(file.read_text("utf-8"))["pretrain"] is None
 
 
+@pytest.mark.slow  # a cell, as those around it
 def test_the_stages_may_have_paces_of_their_own(done, tmp_path):
     told = CellStore(done[0]).find(settings_hash(FAMILY.settings("proj", "smoke", 0, QUICK)))
     assert told is not None and told.pace == (1, 1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import polars as pl
+import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
@@ -56,6 +57,7 @@ def taste(folder):
     )
 
 
+@pytest.mark.slow  # sixty steps
 def test_it_learns_whose_genres_are_whose(tmp_path):
     dataset = taste(tmp_path / "taste")
     vocabulary = Vocabulary.from_dataset(dataset)
