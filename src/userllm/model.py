@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -191,8 +191,7 @@ class UserLLM(ContextualLM):
         exclude = asked.config.kind == "next_item" and exclude_seen
         k = min(k, len(asked.answers))
         lists: list[list[Recommendation]] = []
-        for start in range(0, len(histories), _USERS):
-            some = histories[start : start + _USERS]
+        for some in _parts(histories):
             excluded = self._excluded(some, len(asked.answers)) if exclude else None
             found = self.rank_answers(task, self.users(some), k, beams or max(k, 20), excluded)
             lists += [
@@ -238,8 +237,9 @@ class UserLLM(ContextualLM):
         alone, histories = isinstance(history, UserHistory | UserRecord), _users(history)
         scores = torch.empty(0, len(asked))
         if histories:
-            parts = [histories[start : start + _USERS] for start in range(0, len(histories), _USERS)]
-            each = [self.score_answers(task, self.users(some), asked, block).cpu() for some in parts]
+            each = [
+                self.score_answers(task, self.users(some), asked, block).cpu() for some in _parts(histories)
+            ]
             scores = torch.cat(each)
         return scores[0] if alone else scores
 
@@ -628,6 +628,12 @@ def event_texts(collator: HistoryCollator) -> dict[str, list[str]]:
     titles = dict(zip(collator.items["id"].to_list(), collator.items["title"].to_list(), strict=True))
     items = collator.vocabulary["item"].values
     return texts | {"title": ["", "something unknown", *(str(titles[i]) for i in items)]}
+
+
+def _parts(users: Sequence[UserHistory | UserRecord]) -> Iterator[Sequence[UserHistory | UserRecord]]:
+    """Users as many at a time as are answered together."""
+    for start in range(0, len(users), _USERS):
+        yield users[start : start + _USERS]
 
 
 def _whole_number(value: object, what: str, why: str) -> None:

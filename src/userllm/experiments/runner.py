@@ -166,9 +166,8 @@ class Runner:
                 missing.setdefault(digest, _Wanted(name, settings, told, where))
         done = self._each(missing, partial(self._done, wait=False))
         busy = {digest: one for digest, one in missing.items() if done[digest] is None}
-        done |= self._each(
-            busy, partial(self._done, wait=True)
-        )  # another runner was at these: at the end, waited for
+        # another runner was at these: at the end they are waited for
+        done |= self._each(busy, partial(self._done, wait=True))
         return [one.name for digest, one in missing.items() if not done[digest]]
 
     def _each(
