@@ -99,6 +99,8 @@ def write_texts(
     """
     decoding.check()
     _one_or_each(users, prompts)
+    if not prompts:
+        return []
     if users is not None and len(users) != len(prompts):
         users = users.select(torch.zeros(len(prompts), dtype=torch.long, device=users.tokens.device))
     prompt, source = _prompts(model, prompts, users)

@@ -480,7 +480,8 @@ class UserLLM(ContextualLM):
                     "sha256": self.reference.sha256,
                     "revision": self.reference.revision,
                     "dtype": str(self.lm.dtype).removeprefix("torch."),
-                    "products": self.reference.products,
+                    # what the weights' own precision does by itself is not asked for again
+                    "products": self.reference.products if self.lm.dtype == torch.float32 else "float32",
                 },
                 "encoder": described_encoder(self.encoder),
                 "fields": [asdict(field) for field in field_shapes(self.collator.vocabulary)],

@@ -200,6 +200,10 @@ def test_bad_input_is_named(make_user_llm, users):
             model.write_texts(["a"], None, TextDecoding(**settings))
 
 
+def test_no_prompts_no_texts(make_user_llm):
+    assert make_user_llm().write_texts([], None, TextDecoding()) == []
+
+
 @pytest.mark.parametrize("least", [0, 1, 4])
 def test_a_text_does_not_end_before_its_least_tokens(make_user_llm, users, least):
     """As transformers' generate with ``min_new_tokens``; the end of text is what the model would write first."""
@@ -240,6 +244,13 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(top_p):
     torch.testing.assert_close(shares, expected, atol=2e-4, rtol=0)
     last = decoding.choose(p.log()[None], torch.ones(1, dtype=torch.float64))
     assert int(last) in kept
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_near_zero_draws_the_likeliest(top_p):
+    logits = torch.tensor([[3.0, 800.0, -torch.inf, 799.9]])
+    decoding = TextDecoding(sample=True, temperature=1e-307, top_p=top_p)
+    assert decoding.choose(logits, torch.tensor([0.99])).tolist() == [1]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])

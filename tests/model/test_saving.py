@@ -77,6 +77,13 @@ def test_save_load_same_answers(make_user_llm, dataset, tmp_path, variant):
         assert behaviour(UserLLM.from_pretrained(tmp_path / "again"), dataset) == before
 
 
+def test_a_model_made_bfloat16_whose_products_were(make_user_llm, tmp_path):
+    model = make_user_llm(products="bfloat16")
+    model.lm.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    assert UserLLM.from_pretrained(tmp_path / "model").lm.dtype == torch.bfloat16
+
+
 def test_one_folder_with_a_frozen_lm_as_a_reference(make_user_llm, tmp_path):
     model = make_user_llm()
     model.save_pretrained(tmp_path / "model")

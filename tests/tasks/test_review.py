@@ -76,6 +76,15 @@ def test_a_prompt_that_cannot_be_filled_in(shop, prompt, message):
         ask(review(shop, prompt), shop)
 
 
+@pytest.mark.parametrize("place", ["{year}", "{year:04d}", "{year!r:>8}"])
+def test_what_an_item_lacks_reads_unknown(shop, place):
+    items = shop.items.with_columns(pl.when(pl.col("id") == "b").then("year").alias("year"))
+    task = build_task("review", TaskConfig(kind="review", prompt=f"Film of {place}:", target="body"), items)
+    assert isinstance(task, OpenTask)
+    asked = ask(task, shop)[0]
+    assert asked is not None and asked.prompt == "Film of unknown:"
+
+
 def test_the_text_written_last_can_be_copied(shop):
     copied = review(shop).copied(shop, np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 1, 2]))
     assert copied == ["", "Good film.", "Good film.", "", "So, so"]

@@ -62,7 +62,9 @@ class TextDecoding:
         """The next token of each text, [R], from logits [R, V] and, where tokens are drawn, ``draws`` [R] in 0..1."""
         if not self.sample:
             return logits.argmax(-1)
-        p = torch.softmax(logits.double() / self.temperature, dim=-1)
+        logits = logits.double()
+        logits = logits - logits.amax(-1, keepdim=True)  # else a temperature near 0 makes them infinite
+        p = torch.softmax(logits / self.temperature, dim=-1)
         order = None
         if self.top_p < 1:
             p, order = p.sort(-1, descending=True)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_WORD = re.compile(r"[a-z0-9']+")
+_SENTENCE_END = regex.compile(r"(?<=[.!?])\s+|(?<=[。！？।])\s*")
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_CHARACTER = rf"(?:(?=\p{{L}}){_UNSPACED}\p{{M}}*)"
+_ROUGE_WORD = regex.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[\p{{L}}\p{{N}}\p{{M}}])+")
+_WORD = regex.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[\p{{L}}\p{{N}}\p{{M}}'])+")
+
+
+class _Words(Tokenizer):
+    """rouge-score's own words in English text; its tokenizer knows a to z and 0 to 9 only, so that elsewhere nothing
+    would be left. Scripts that put no spaces between words are compared character by character."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _ROUGE_WORD.findall(text.lower())
 
 
 def rouge(targets: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """ROUGE-1, ROUGE-2 and ROUGE-Lsum (F-measures, Lin 2004) of each text against its target, by rouge-score.
 
     Without stemming (the package's default; the paper does not say). ROUGE-Lsum compares sentence by sentence; a
-    sentence ends at ".", "!" or "?" before white space, and at a line's end (ours).
+    sentence ends at ".", "!" or "?" before white space, and at a line's end (ours). Words of all scripts count (ours;
+    see ``_Words``).
     """
     names = ["rouge1", "rouge2", "rougeLsum"]
-    scorer = RougeScorer(names)
+    scorer = RougeScorer(names, tokenizer=_Words())
     scores = [scorer.score(_lines(a), _lines(b)) for a, b in zip(targets, texts, strict=True)]
     return {name: np.array([score[name].fmeasure for score in scores]) for name in names}
 

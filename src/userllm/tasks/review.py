@@ -17,8 +17,8 @@ class Review(OpenTask):
     """The text that belongs to the event at position ``ends``, of which the prompt may tell item and rating.
 
     The prompt is a template: {title} and the item's other fields, and the fields of the event itself ({rating}), which
-    may say how a number is written ({rating:.1f}). White space within a text counts as one space (ours). Raises
-    UserError for a template that names anything else.
+    may say how a number is written ({rating:.1f}); what is missing reads "unknown". White space within a text counts as
+    one space (ours). Raises UserError for a template that names anything else.
     """
 
     def __init__(self, name: str, config: TaskConfig, items: pl.DataFrame):
@@ -63,8 +63,11 @@ class Review(OpenTask):
             text.append(literal)
             if place is not None:
                 value = values[place]
+                if value is None or value != value:  # a number that is missing is NaN
+                    text.append("unknown")
+                    continue
                 try:
-                    value = value if how and value is not None else _spelt(value)
+                    value = value if how else _spelt(value)
                     text.append(format(Formatter().convert_field(value, conversion), how or ""))
                 except (ValueError, TypeError) as error:
                     raise UserError(
