@@ -268,19 +268,28 @@ class Run:
             prepare_table(data.table, folder, self.config.name)
         elif folder is None:
             folder = cache_folder() / "datasets" / str(data.release)
-            own = data.path is not None or data.descriptions is not None
-            if own or not (folder / "card.json").is_file():
-                folder = self.folder / "dataset" if own else folder
-                if data.release == RELEASE:
-                    prepare_synthetic(folder)
-                elif data.release == REVIEWS:
-                    prepare_synthetic_reviews(folder)
-                else:
-                    prepare(
-                        str(data.release), [str(data.path)] if data.path else [], folder,
-                        descriptions=data.descriptions, reviews=data.reviews,
-                    )  # fmt: skip
+            if data.path is not None or data.descriptions is not None:
+                folder = self.folder / "dataset"
+                self._prepare_release(folder)
+            else:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                # other runs may want the same dataset now: one prepares it, and they wait
+                with FileLock(folder.with_name(f".{folder.name}.preparing")):
+                    if not (folder / "card.json").is_file():
+                        self._prepare_release(folder)
         self._use(folder)
+
+    def _prepare_release(self, folder: Path) -> None:
+        data = self.config.data
+        if data.release == RELEASE:
+            prepare_synthetic(folder)
+        elif data.release == REVIEWS:
+            prepare_synthetic_reviews(folder)
+        else:
+            prepare(
+                str(data.release), [str(data.path)] if data.path else [], folder,
+                descriptions=data.descriptions, reviews=data.reviews,
+            )  # fmt: skip
 
     def _use(self, folder: Path) -> None:
         """This is the run's dataset, as it is now."""
