@@ -271,7 +271,7 @@ class Run:
             if data.path is not None or data.descriptions is not None:
                 folder = self.folder / "dataset"
                 self._prepare_release(folder)
-            else:
+            elif not (folder / "card.json").is_file():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 # other runs may want the same dataset now: one prepares it, and they wait
                 with FileLock(folder.with_name(f".{folder.name}.preparing")):
@@ -280,6 +280,7 @@ class Run:
         self._use(folder)
 
     def _prepare_release(self, folder: Path) -> None:
+        """The dataset called ``data.release`` in ``folder``."""
         data = self.config.data
         if data.release == RELEASE:
             prepare_synthetic(folder)
