@@ -12,8 +12,15 @@ from rouge_score.tokenizers import Tokenizer
 _SENTENCE_END = regex.compile(r"(?<=[.!?])\s+|(?<=[。！？।])\s*")
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _CHARACTER = rf"(?:(?=\p{{L}}){_UNSPACED}\p{{M}}*)"
-_ROUGE_WORD = regex.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[\p{{L}}\p{{N}}\p{{M}}])+")
-_WORD = regex.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[\p{{L}}\p{{N}}\p{{M}}'])+")
+"""A letter of a script without spaces between words; its digits are written in runs, as everywhere."""
+
+
+def _word(also: str = "") -> regex.Pattern[str]:
+    """A word: such a letter, or a run of others, of digits and of what belongs to a word ``also``."""
+    return regex.compile(rf"{_CHARACTER}|(?:(?!{_CHARACTER})[\p{{L}}\p{{N}}\p{{M}}{also}])+")
+
+
+_ROUGE_WORD, _WORD = _word(), _word(also="'")
 
 
 class _Words(Tokenizer):
@@ -28,8 +35,8 @@ def rouge(targets: Sequence[str], texts: Sequence[str]) -> dict[str, np.ndarray]
     """ROUGE-1, ROUGE-2 and ROUGE-Lsum (F-measures, Lin 2004) of each text against its target, by rouge-score.
 
     Without stemming (the package's default; the paper does not say). ROUGE-Lsum compares sentence by sentence; a
-    sentence ends at ".", "!" or "?" before white space, and at a line's end (ours). Words of all scripts count (ours;
-    see ``_Words``).
+    sentence ends at ".", "!" or "?" before white space, at their like in Chinese, Japanese and Hindi, and at a line's
+    end (ours). Words of all scripts count (ours; see ``_Words``).
     """
     names = ["rouge1", "rouge2", "rougeLsum"]
     scorer = RougeScorer(names, tokenizer=_Words())
